@@ -1,0 +1,59 @@
+"""Senri: a small language model reads text of any length in constant memory and recalls it.
+
+Public names are loaded on first use: `import senri` alone loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from senri.config import ConfigManager
+    from senri.hf.base import load_base
+    from senri.hf.cache import SenriCache
+    from senri.hf.calibrate import calibrate
+    from senri.hf.configuration_senri import SenriConfig
+    from senri.hf.convert import convert_qwen_to_senri, convert_to_senri
+    from senri.hf.modeling_senri import SenriForCausalLM, SenriModel
+    from senri.memory.state import MemoryState
+
+__version__ = "0.1.0"
+
+# Where each public name lives. A test holds this, the imports above and __all__ together.
+_HOMES = {
+    "ConfigManager": "senri.config",
+    "MemoryState": "senri.memory.state",
+    "SenriCache": "senri.hf.cache",
+    "SenriConfig": "senri.hf.configuration_senri",
+    "SenriForCausalLM": "senri.hf.modeling_senri",
+    "SenriModel": "senri.hf.modeling_senri",
+    "calibrate": "senri.hf.calibrate",
+    "convert_qwen_to_senri": "senri.hf.convert",
+    "convert_to_senri": "senri.hf.convert",
+    "load_base": "senri.hf.base",
+}
+
+__all__ = [
+    "ConfigManager",
+    "MemoryState",
+    "SenriCache",
+    "SenriConfig",
+    "SenriForCausalLM",
+    "SenriModel",
+    "__version__",
+    "calibrate",
+    "convert_qwen_to_senri",
+    "convert_to_senri",
+    "load_base",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'senri' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

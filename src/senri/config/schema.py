@@ -1,0 +1,136 @@
+"""What the three configuration files may hold: names, types and ranges of their keys.
+
+Values live in `config/*.yaml`, so nothing has a default here; what each key means stands there too.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, with_config
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+UpdateRule = Literal["linear", "delta", "delta_token", "gated_delta"]
+FeatureMap = Literal["elu_plus_one", "relu", "identity", "dpfp", "hedgehog"]
+MemoryReadout = Literal["layer", "head"]
+MemoryGate = Literal["additive", "infini"]
+WriteGate = Literal["none", "hidden", "surprise"]
+Trainable = Literal["memory", "memory+lora", "all"]
+
+
+def _no_bool(value: Any) -> Any:
+    """Stops pydantic from reading `true` as 1.0."""
+    if isinstance(value, bool):
+        raise ValueError("a boolean is not a number")
+    return value
+
+
+# Strict: `batch_size: true` or `max_steps: 1.0` is a slip, not a number of things.
+Count = Annotated[int, Strict(), Field(ge=0)]
+Positive = Annotated[int, Strict(), Field(gt=0)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Field(min_length=1)]
+# Not strict: PyYAML hands over `3e-4` as a string.
+# Not strict: PyYAML hands over `3e-4` as a string. The bounds stand first, or the JSON schema that
+# the error messages are made from loses them.
+_NO_BOOL = BeforeValidator(_no_bool)
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_BOOL]
+NonNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_BOOL]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _NO_BOOL]
+NonZeroRatio = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), _NO_BOOL]
+
+
+class Section(BaseModel):
+    """A mapping in a file: no unknown keys, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# A TypedDict, for a key that is not given must stay out: SenriConfig's default holds for it.
+@with_config(ConfigDict(extra="forbid"))
+class SenriOverrides(TypedDict, total=False):
+    """What model.yaml sets of SenriConfig."""
+
+    sliding_window_size: Positive
+    chunk_size: Positive
+    segment_size: Positive
+    num_memory_layers: Count
+    first_memory_layer: Count
+    memory_layer_interval: Positive
+    memory_num_heads: Positive
+    memory_head_dim: Positive
+    update_rule: UpdateRule
+    feature_map: FeatureMap | None
+    memory_readout: MemoryReadout
+    memory_gate: MemoryGate
+    memory_conv_size: Count
+    write_gate: WriteGate
+    forget_gate: Flag
+
+
+class ModelConfig(Section):
+    """model.yaml."""
+
+    base_model_name: Text
+    dtype: Dtype
+    senri: SenriOverrides = SenriOverrides()
+
+
+class TrainingConfig(Section):
+    """training.yaml."""
+
+    data: tuple[Text, ...]
+    batch_size: Positive
+    max_length: Positive
+    niah_ratio: Ratio
+    seed: Seed
+    trainable: Trainable
+    bptt_pieces: Positive | None
+    learning_rate: PositiveReal
+    gate_learning_rate: PositiveReal
+    weight_decay: NonNegativeReal
+    max_steps: Positive
+    warmup_steps: Count
+    gradient_accumulation_steps: Positive
+    gradient_checkpointing: Flag
+    bf16: Flag
+    save_steps: Positive
+
+
+class ReadingConfig(Section):
+    """`reading` of experiment.yaml."""
+
+    piece_size: Positive
+
+
+class GenerationConfig(Section):
+    """`generation` of experiment.yaml."""
+
+    max_new_tokens: Positive
+    do_sample: Flag
+    temperature: PositiveReal
+    top_p: NonZeroRatio
+
+
+class CalibrationConfig(Section):
+    """`calibration` of experiment.yaml."""
+
+    num_tokens: Positive
+
+
+class DemoConfig(Section):
+    """`demo` of experiment.yaml."""
+
+    num_tokens: Positive
+    piece_size: Positive
+
+
+class ExperimentConfig(Section):
+    """experiment.yaml."""
+
+    output_dir: Text
+    seed: Seed
+    reading: ReadingConfig
+    generation: GenerationConfig
+    calibration: CalibrationConfig
+    demo: DemoConfig

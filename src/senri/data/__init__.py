@@ -1,0 +1,5 @@
+"""Texts as streams of tokens; knows no model."""
+
+from senri.data.text import TextError, iter_pieces, iter_text, iter_tokens
+
+__all__ = ["TextError", "iter_pieces", "iter_text", "iter_tokens"]

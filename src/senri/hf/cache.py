@@ -1,0 +1,131 @@
+"""SenriCache: all that a Senri model carries between calls, in one object that transformers' generate() accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import Cache
+
+from senri.layers import MemoryLayerState
+from senri.memory.state import map_tensors, named_tensors, nbytes
+
+
+class LayerState(NamedTuple):
+    """One decoder layer: the window's keys and values (rotated), and its memory if it has one."""
+
+    keys: Tensor  # [B, Hkv, P, D], P <= W - 1
+    values: Tensor  # [B, Hkv, P, D]
+    memory: MemoryLayerState | None
+
+
+class ModelState(NamedTuple):
+    """Everything between two calls. Tensors are replaced, never written in place: copying the tuple is a fork."""
+
+    layers: tuple[LayerState, ...]
+    ids: Tensor  # [B, S] int64, the last S = W + K - 1 tokens
+    valid: Tensor  # [B, S] bool; False: before the text, or padding
+    surprise: Tensor | None  # [B, S] nats
+    last_hidden: Tensor | None  # [B, hidden]: predicts the next token, whose surprise it gives
+    position: Tensor  # [B] int64: tokens read in each row, padding not counted
+
+
+class SenriCache(Cache):
+    """Window keys and values plus memory state of every layer; size independent of the length read.
+
+    Made by the model when none is given; pass it as ``past_key_values`` to go on. ``fork()`` gives an independent
+    continuation at no cost.
+    """
+
+    def __init__(self, num_layers: int, sliding_window_size: int) -> None:
+        super().__init__(layers=[])
+        self.num_layers = num_layers
+        self.sliding_window_size = sliding_window_size
+        self.state: ModelState | None = None
+        self.columns = 0  # tokens seen, padding counted: what transformers calls the sequence length
+        self.has_padding = False
+        self.offset = 0  # columns that generate() must not count: what a session read before its prompt
+
+    def commit(self, state: ModelState, columns: int) -> None:
+        """Replace the whole state at once: an interrupted call leaves the cache as it was before it."""
+        self.state, self.columns = state, self.columns + columns
+
+    def fork(self) -> SenriCache:
+        """A second cache in the same state; the two go on independently."""
+        other = SenriCache(self.num_layers, self.sliding_window_size)
+        other.state, other.columns, other.has_padding = self.state, self.columns, self.has_padding
+        return other
+
+    def detach(self) -> SenriCache:
+        """A fork that is cut from the autograd graph (truncated backpropagation through time)."""
+        other = self.fork()
+        other._map(lambda t: t.detach())
+        return other
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All tensors by dotted name, e.g. ``layers.10.memory.memory.M``."""
+        return named_tensors(self.state) if self.state is not None else {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole state: window and memories."""
+        return nbytes(self.state)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of the associative memories alone: what is left after ``flush()``."""
+        if self.state is None:
+            return 0
+        return sum(nbytes(layer.memory.memory) for layer in self.state.layers if layer.memory is not None)
+
+    @property
+    def tokens_read(self) -> list[int]:
+        """Tokens read in each row, padding not counted."""
+        return [] if self.state is None else self.state.position.tolist()
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows, or None before the first call."""
+        return None if self.state is None else self.state.position.shape[0]
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.state = map_tensors(fn, self.state)
+
+    # transformers' Cache interface ---------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def __repr__(self) -> str:
+        return f"SenriCache(tokens_read={self.tokens_read}, nbytes={self.nbytes})"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns - self.offset
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        past = min(self.columns, self.sliding_window_size - 1)
+        return past + query_length, self.columns - past
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("SenriCache is filled by SenriModel only; use it with a Senri model")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError(
+            "a memory cannot forget its last tokens: fork() the SenriCache before them instead of crop()"
+        )
+
+    def reset(self) -> None:
+        self.state, self.columns, self.has_padding, self.offset = None, 0, False, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices])

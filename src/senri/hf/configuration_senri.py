@@ -1,0 +1,188 @@
+"""SenriConfig: a Llama configuration plus the window and the memory behind it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, PreTrainedConfig
+
+from senri.memory.feature_maps import FEATURE_MAPS
+from senri.memory.rules import RULES
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # hidden_size and num_hidden_layers say which base a preset is for
+    "smollm-135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "sliding_window_size": 1024,
+        "num_memory_layers": 2,
+        "first_memory_layer": 10,
+        "memory_layer_interval": 10,
+        "memory_num_heads": 9,
+        "memory_head_dim": 64,
+    },
+    "qwen2.5-0.5b": {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "sliding_window_size": 4096,
+        "num_memory_layers": 3,
+        "first_memory_layer": 12,
+        "memory_layer_interval": 4,
+        "memory_num_heads": 14,
+        "memory_head_dim": 64,
+    },
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "update_rule": tuple(RULES),
+    "feature_map": tuple(FEATURE_MAPS),
+    "store": ("single",),
+    "memory_readout": ("layer", "head"),
+    "memory_gate": ("additive", "infini"),
+    "write_gate": ("none", "hidden", "surprise"),
+}
+_AT_LEAST = {
+    "sliding_window_size": 1,
+    "chunk_size": 1,
+    "segment_size": 1,
+    "num_memory_layers": 0,
+    "first_memory_layer": 0,
+    "memory_layer_interval": 1,
+    "memory_num_heads": 1,
+    "memory_head_dim": 1,
+    "memory_conv_size": 0,
+}
+# Keys of saved configurations and of base models' ones that PreTrainedConfig takes without a field of its own.
+_PASSED_ON = {"rope_theta", "rope_scaling", "torch_dtype", "attn_implementation", "_attn_implementation"}
+
+
+@strict
+class SenriConfig(LlamaConfig):
+    r"""Configuration of [`SenriModel`]: every argument of [`LlamaConfig`], and:
+
+    Args:
+        sliding_window_size: number of most recent tokens each query attends to exactly (W).
+        chunk_size: tokens the memory scan handles at once; a speed knob, never a change of result.
+        segment_size: pairs between two refreshes of the `delta` rule's correction.
+        num_memory_layers, first_memory_layer, memory_layer_interval: which layers have a memory.
+        memory_num_heads, memory_num_key_value_heads, memory_head_dim: query heads, memories, their width.
+        update_rule: `linear` | `delta` | `delta_token` | `gated_delta`.
+        feature_map: `elu_plus_one` | `relu` | `identity` | `dpfp` | `hedgehog`; None takes the rule's own.
+        store: `single`: one memory a head.
+        memory_readout: `layer` reads into the memory layer's residual; `head` stores token embeddings and adds the
+            read at the logits (needs tied embeddings).
+        memory_gate: `additive` zero-init branch, or `infini`: Infini-attention's per-head sigmoid mix.
+        memory_conv_size: taps of the short causal convolution on the memory's q, k, v; 0 for none.
+        write_gate: `none` | `hidden` | `surprise` (needs tied embeddings).
+        qkv_bias: biases on the attention's q, k, v only (Qwen2).
+
+    Raises:
+        ValueError: an impossible value or combination, naming the field; an unknown argument.
+    """
+
+    model_type = "senri"
+
+    sliding_window_size: int = 1024
+    chunk_size: int = 64
+    segment_size: int = 2048
+    num_memory_layers: int = 2
+    first_memory_layer: int = 10
+    memory_layer_interval: int = 10
+    memory_num_heads: int = 9
+    memory_num_key_value_heads: int | None = None
+    memory_head_dim: int = 64
+    update_rule: str = "linear"
+    feature_map: str | None = None
+    store: str = "single"
+    memory_readout: str = "layer"
+    memory_gate: str = "additive"
+    memory_conv_size: int = 0
+    write_gate: str = "none"
+    qkv_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = set(PreTrainedConfig().to_dict()) | set(self.__dataclass_fields__) | _PASSED_ON
+        for name in kwargs:
+            if name not in known and not name.startswith("_"):
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"SenriConfig has no field {name!r}{hint}")
+        if self.memory_num_key_value_heads is None:
+            self.memory_num_key_value_heads = self.memory_num_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def memory_layers(self) -> list[int]:
+        """Indices of the layers that have a memory."""
+        start, step = self.first_memory_layer, self.memory_layer_interval
+        return [start + i * step for i in range(self.num_memory_layers)]
+
+    def validate_memory(self) -> None:
+        """Part of `@strict`'s validation: rejects what cannot work, naming the field."""
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices and not (name == "feature_map" and value is None):
+                raise ValueError(f"{name} {value!r} is not one of: {', '.join(choices)}")
+        if self.num_memory_layers and self.memory_layers[-1] >= self.num_hidden_layers:
+            raise ValueError(
+                f"memory layers {self.memory_layers} do not fit into {self.num_hidden_layers} layers: lower "
+                "first_memory_layer, memory_layer_interval or num_memory_layers"
+            )
+        assert self.memory_num_key_value_heads is not None
+        if self.memory_num_key_value_heads < 1 or self.memory_num_heads % self.memory_num_key_value_heads:
+            raise ValueError(
+                f"memory_num_heads ({self.memory_num_heads}) must be a multiple of memory_num_key_value_heads "
+                f"({self.memory_num_key_value_heads})"
+            )
+        self._validate_combinations()
+
+    def _validate_combinations(self) -> None:
+        if RULES[self.update_rule].normalised and self.feature_map == "identity":
+            raise ValueError(
+                f"feature_map 'identity' can be negative, so update_rule {self.update_rule!r} cannot divide by z"
+            )
+        if self.memory_conv_size == 1:
+            raise ValueError("memory_conv_size 1 convolves nothing: use 0 (none) or at least 2")
+        if self.sliding_window_size < self.memory_conv_size:
+            raise ValueError("sliding_window_size must be at least memory_conv_size")
+        for name in ("memory_readout", "write_gate"):
+            value = getattr(self, name)
+            if value in ("head", "surprise") and not self.tie_word_embeddings:
+                raise ValueError(
+                    f"{name} {value!r} needs tie_word_embeddings=True: it works through the tied embedding"
+                )
+        if self.memory_gate == "infini":
+            if self.memory_readout != "layer":
+                raise ValueError(
+                    "memory_gate 'infini' mixes into the attention heads: it needs memory_readout 'layer'"
+                )
+            attention = (self.num_attention_heads, self.head_dim)
+            if (self.memory_num_heads, self.memory_head_dim) != attention:
+                raise ValueError(
+                    f"memory_gate 'infini' needs memory_num_heads and memory_head_dim equal to the attention's {attention}"
+                )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_parameters: rope_type {rope_type!r} depends on the length read; it cannot be streamed"
+            )
+
+
+def preset_for(base: PreTrainedConfig) -> dict[str, Any]:
+    """The memory settings for a base model: its preset's, or the same proportions for a model without one."""
+    for preset in PRESETS.values():
+        if (preset["hidden_size"], preset["num_hidden_layers"]) == (base.hidden_size, base.num_hidden_layers):
+            return {k: v for k, v in preset.items() if k not in ("hidden_size", "num_hidden_layers")}
+    third = max(base.num_hidden_layers // 3, 1)
+    return {
+        "num_memory_layers": min(2, max(base.num_hidden_layers - third, 1)),
+        "first_memory_layer": min(third, base.num_hidden_layers - 1),
+        "memory_layer_interval": third,
+        "memory_num_heads": base.num_attention_heads,
+        "memory_head_dim": getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads,
+    }

@@ -1,0 +1,148 @@
+"""One Senri decoder layer: Llama's (or Qwen2's) with windowed attention, and a memory in some layers.
+
+Parameter names are the base model's, so that its weights load as they are; what is new lives under ``memory``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from senri.hf.cache import LayerState
+from senri.hf.configuration_senri import SenriConfig
+from senri.layers import MemoryAttention, MemoryStream, WindowPlan, sliding_window_attention
+
+
+class SenriRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's rotary angles, exact at any position.
+
+    Below ``max_position_embeddings`` the base model's own float32 arithmetic, bit for bit. Beyond it float32 angles
+    lose their phase (at a million tokens the spacing of float32 is 0.06 rad), so they are formed in float64.
+    """
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[B, T, D]`` for ``position_ids`` ``[B, T]``."""
+        inv_freq = self.inv_freq.to(x.device)
+        angles = position_ids[..., None].float() * inv_freq.float()
+        exact = (position_ids[..., None].double() * inv_freq.double()) % (2 * torch.pi)
+        angles = torch.where(position_ids[..., None] < self.max_seq_len_cached, angles, exact.float())
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+class SenriAttention(nn.Module):
+    """Sliding-window attention with rotary positions; optionally mixed per head with a memory's read."""
+
+    def __init__(self, config: SenriConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window_size
+        self.dropout = config.attention_dropout
+        heads, kv_heads = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads, bias=bias)
+        self.o_proj = nn.Linear(heads, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: LayerState,
+        plan: WindowPlan,
+        position_embeddings: tuple[Tensor, Tensor],
+        memory_read: Tensor | None = None,
+        memory_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``hidden`` ``[B, T, hidden]`` -> output of the same shape, and the window's new keys and values.
+
+        With ``memory_read`` ``[B, T, H, D]`` and ``memory_weight`` g ``[B, T, H, 1]``: ``g * read + (1 - g) *
+        attention`` before the output projection (Munkhdalai et al. 2024, eq. 6).
+        """
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        q, k = apply_rotary_pos_emb(
+            heads(self.q_proj(hidden)), heads(self.k_proj(hidden)), *position_embeddings
+        )
+        keys = torch.cat([state.keys, k], dim=2) if state.keys.shape[2] else k
+        v = heads(self.v_proj(hidden))
+        values = torch.cat([state.values, v], dim=2) if state.values.shape[2] else v
+        dropout = self.dropout if self.training else 0.0
+        out = sliding_window_attention(q, keys, values, plan, scale=self.head_dim**-0.5, dropout=dropout)
+        out = out.transpose(1, 2)
+        if memory_read is not None and memory_weight is not None:
+            out = memory_weight * memory_read + (1 - memory_weight) * out
+        first = max(keys.shape[2] - (self.window - 1), 0)
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1)), keys[:, :, first:], values[:, :, first:]
+
+
+class SenriDecoderLayer(nn.Module):
+    """Pre-norm decoder layer; pure in its state: ``(hidden, state) -> (hidden, state)``."""
+
+    def __init__(self, config: SenriConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = SenriAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.memory = build_memory(config) if layer_idx in config.memory_layers else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        state: LayerState,
+        plan: WindowPlan,
+        position_embeddings: tuple[Tensor, Tensor],
+        stream: MemoryStream,
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """Returns the new hidden states, the memory's input where the read-out waits for the head, the new state."""
+        normed = self.input_layernorm(hidden)
+        read, weight, added, memory_state, waiting = None, None, None, state.memory, None
+        if self.memory is not None and state.memory is not None:
+            if self.memory.readout == "head":
+                waiting = normed
+            elif self.memory.readout == "mix":
+                read, memory_state = self.memory(normed, stream, state.memory)
+                # an empty memory must not dilute the attention
+                filled = self.memory.read_mask(stream, state.memory, hidden.shape[1])
+                weight = self.memory.mix_gate.sigmoid().to(read.dtype)[:, None] * filled[..., None, None]
+            else:
+                added, memory_state = self.memory(normed, stream, state.memory)
+        attended, keys, values = self.self_attn(normed, state, plan, position_embeddings, read, weight)
+        hidden = hidden + attended
+        if added is not None:
+            hidden = hidden + added
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return hidden, waiting, LayerState(keys, values, memory_state)
+
+
+def build_memory(config: SenriConfig) -> MemoryAttention:
+    """A memory layer from the configuration's numbers."""
+    assert config.memory_num_key_value_heads is not None
+    return MemoryAttention(
+        config.hidden_size,
+        config.memory_num_heads,
+        config.memory_num_key_value_heads,
+        config.memory_head_dim,
+        config.sliding_window_size,
+        rule=config.update_rule,
+        feature_map=config.feature_map,
+        chunk_size=config.chunk_size,
+        segment_size=config.segment_size,
+        conv_size=config.memory_conv_size,
+        write_gate=config.write_gate,
+        readout="mix" if config.memory_gate == "infini" else config.memory_readout,
+    )

@@ -1,0 +1,212 @@
+"""A saved memory: one safetensors file with a header that says what it belongs to, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from senri.hf.cache import ModelState, SenriCache
+from senri.hf.configuration_senri import SenriConfig
+from senri.memory.state import named_tensors
+
+FORMAT_VERSION = 1
+# Fields of the header that must equal the model's, and what they are called in a message.
+_MUST_MATCH = (
+    "format_version",
+    "base",
+    "sliding_window_size",
+    "memory_layers",
+    "update_rule",
+    "feature_map",
+    "store",
+    "memory_readout",
+    "memory_heads",
+    "memory_conv_size",
+    "model_fingerprint",
+)
+
+
+class MemoryFileError(ValueError):
+    """A memory file that cannot be used or written; the message is one line."""
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all weights, rounded to bfloat16 so that a model has one fingerprint in every precision."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(
+            parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data
+        )
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of what a tokenizer does: its vocabulary, merges and pre-tokenization."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def expected_header(config: SenriConfig) -> dict[str, Any]:
+    """The header fields that follow from a model's configuration."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "base": f"{config.num_hidden_layers} layers of {config.hidden_size}",
+        "sliding_window_size": config.sliding_window_size,
+        "memory_layers": config.memory_layers,
+        "update_rule": config.update_rule,
+        "feature_map": config.feature_map,
+        "store": config.store,
+        "memory_readout": config.memory_readout,
+        "memory_heads": [config.memory_num_heads, config.memory_num_key_value_heads, config.memory_head_dim],
+        "memory_conv_size": config.memory_conv_size,
+    }
+
+
+def save(path: str | Path, cache: SenriCache, header: dict[str, Any]) -> None:
+    """Write ``cache`` to ``path``: whole or not at all.
+
+    Raises:
+        MemoryFileError: nothing to save, or the file cannot be written (a full disk, no permission).
+    """
+    if cache.state is None:
+        raise MemoryFileError("there is no memory to save yet: read something first")
+    tensors = {name: t.detach().cpu().contiguous() for name, t in named_tensors(_trim(cache.state)).items()}
+    header = {
+        **header,
+        "dtype": str(cache.state.layers[0].keys.dtype).removeprefix("torch."),
+        "batch_size": cache.batch_size,
+        "tokens_read": cache.tokens_read,
+        "columns": cache.columns,
+        "has_padding": cache.has_padding,
+        "checksum": _checksum(tensors),
+    }
+    data = serialize(tensors, metadata={"senri": json.dumps(header)})
+    write_atomically(Path(path), data)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside the target, then rename; on failure nothing is left behind and an older file stays."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise MemoryFileError(
+            f"cannot write {path}: {error.strerror or error} ({len(data) / 1e6:.1f} MB needed); choose another place"
+        ) from None
+    except BaseException:  # Ctrl-C while writing leaves nothing behind either
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """The header of a memory file.
+
+    Raises:
+        MemoryFileError: missing, not a Senri memory, or truncated.
+    """
+    return _open(path)[0]
+
+
+def load(path: str | Path, cache: SenriCache, empty: ModelState, expected: dict[str, Any]) -> dict[str, Any]:
+    """Fill ``cache`` from a file; ``empty`` gives shapes, dtype and device. Returns the header.
+
+    Raises:
+        MemoryFileError: as :func:`read_header`; or the file belongs to another model, naming the field that differs;
+            or its content does not match its checksum. The cache is untouched then.
+    """
+    header, tensors = _open(path)
+    for field in _MUST_MATCH:
+        if field in expected and header.get(field) != expected[field]:
+            raise MemoryFileError(
+                f"{path} does not fit this model: {field} is {header.get(field)!r} in the file, {expected[field]!r} here"
+            )
+    ours, theirs = expected.get("tokenizer_fingerprint"), header.get("tokenizer_fingerprint")
+    if ours and theirs and ours != theirs:
+        raise MemoryFileError(
+            f"{path} was read with another tokenizer: tokenizer_fingerprint is {theirs!r} in the file, {ours!r} here"
+        )
+    if _checksum(tensors) != header.get("checksum"):
+        raise MemoryFileError(
+            f"{path} is corrupt: its content does not match its checksum; read the text again"
+        )
+    cache.state = _restore(empty, tensors)
+    cache.columns, cache.has_padding = header["columns"], header["has_padding"]
+    return header
+
+
+def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise MemoryFileError(f"{path}: no such file; make one with: senri read TEXT -o {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "senri" not in metadata:
+                raise MemoryFileError(f"{path} is a safetensors file but no Senri memory")
+            return json.loads(metadata["senri"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise MemoryFileError(f"{path} is no Senri memory, or truncated or corrupt ({error})") from None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _trim(state: ModelState) -> ModelState:
+    """Drop the empty slots before the window's first token: after flush() nothing of the window is left."""
+    filled = state.valid.any(0)
+    first = int(filled.int().argmax()) if filled.any() else filled.numel()
+    layers = tuple(
+        layer
+        if layer.memory is None
+        else layer._replace(memory=layer.memory._replace(recent=layer.memory.recent[:, first:]))
+        for layer in state.layers
+    )
+    return state._replace(
+        layers=layers,
+        ids=state.ids[:, first:],
+        valid=state.valid[:, first:],
+        surprise=None if state.surprise is None else state.surprise[:, first:],
+    )
+
+
+def _restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
+    """A state shaped like ``empty`` with the file's tensors; trimmed slots come back empty."""
+    if isinstance(empty, Tensor):
+        tensor = tensors[prefix].to(empty.device, empty.dtype)
+        missing = empty.shape[1] - tensor.shape[1] if empty.dim() > 1 and "keys" not in prefix else 0
+        if missing > 0 and "values" not in prefix:
+            pad = empty.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])
+            tensor = torch.cat([pad, tensor], dim=1)
+        return tensor
+    if not isinstance(empty, tuple):
+        return empty
+    names = getattr(empty, "_fields", range(len(empty)))
+    fields = [
+        _restore(e, tensors, f"{prefix}.{n}" if prefix else str(n)) for n, e in zip(names, empty, strict=True)
+    ]
+    return type(empty)(*fields) if hasattr(empty, "_fields") else tuple(fields)

@@ -1,0 +1,13 @@
+"""Modules built from plain numbers: exact local attention and the memory that reads what left it."""
+
+from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream
+from senri.layers.sliding_window import WindowPlan, sliding_window_attention, window_plan
+
+__all__ = [
+    "MemoryAttention",
+    "MemoryLayerState",
+    "MemoryStream",
+    "WindowPlan",
+    "sliding_window_attention",
+    "window_plan",
+]

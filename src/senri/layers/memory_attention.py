@@ -1,0 +1,230 @@
+"""The memory of one layer: projections, gates and the associative memory behind the window.
+
+Shapes: ``B`` batch, ``T`` new tokens, ``W`` window, ``K`` taps of the short convolution (at least 1), ``H`` memory
+heads, ``D`` head width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from senri.memory import MemoryState, feature_dim, scan
+from senri.memory.rules import RULES
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32: gates and normalisation are not left to half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class MemoryStream(NamedTuple):
+    """What one piece brings to every memory layer, aligned with ``[recent | new]`` tokens."""
+
+    valid: Tensor  # [B, W + K - 1 + T] bool; False: before the text, or padding
+    ids: Tensor | None  # [B, W + K - 1 + T]; only the head read-out needs them
+    surprise: Tensor | None  # [B, W + K - 1 + T] nats; only the surprise write gate needs it
+
+
+class MemoryLayerState(NamedTuple):
+    """State of one memory layer: what was written, and the layer inputs that are still in the window."""
+
+    memory: MemoryState
+    recent: Tensor  # [B, W + K - 1, hidden], the model's dtype
+
+
+class MemoryAttention(nn.Module):
+    """Reads an associative memory of everything that left the window of the last ``window`` tokens.
+
+    The pair written at step ``t`` is that of token ``t - window``, projected when it leaves: so the write gate may use
+    what became known meanwhile (the model's surprise at the token).
+
+    Args:
+        hidden_size: width of the layer's input.
+        num_heads, num_key_value_heads, head_dim: query heads, memories, width of both keys and values.
+        window: W, in tokens.
+        rule, feature_map, chunk_size, segment_size: see :func:`senri.memory.scan`.
+        conv_size: taps K of a causal depthwise convolution on q, k and v; 0 for none (Gated DeltaNet, section 3.3).
+        write_gate: ``none`` | ``hidden`` (from the layer's input) | ``surprise`` (and the token's negative log
+            likelihood under the window-only model).
+        readout: ``layer``: values from the layer's input, read into the residual through a zero-init projection;
+            ``head``: values are token embeddings, read added to the final hidden state under a zero-init gate, so
+            that the tied embedding turns it into logits;
+            ``mix``: as ``layer``, but returned per head for Infini-attention's gate.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        window: int,
+        *,
+        rule: str = "linear",
+        feature_map: str | None = None,
+        chunk_size: int = 64,
+        segment_size: int = 2048,
+        conv_size: int = 0,
+        write_gate: str = "none",
+        readout: str = "layer",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
+        self.window, self.taps = window, max(conv_size, 1)
+        self.rule, self.write_gate, self.readout = rule, write_gate, readout
+        self.feature_map = feature_map or RULES[rule].feature_map
+        self.chunk_size, self.segment_size = chunk_size, segment_size
+        query_size, key_size = num_heads * head_dim, num_key_value_heads * head_dim
+        self.q_proj = nn.Linear(hidden_size, query_size)
+        self.k_proj = nn.Linear(hidden_size, key_size)
+        self.v_proj = nn.Linear(hidden_size, key_size)
+        if readout != "mix":  # a mix goes through the attention's own output projection
+            self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
+        if conv_size:
+            self.q_conv = nn.Parameter(torch.empty(query_size, conv_size))
+            self.k_conv = nn.Parameter(torch.empty(key_size, conv_size))
+            if readout != "head":  # the values of the head read-out are single tokens
+                self.v_conv = nn.Parameter(torch.empty(key_size, conv_size))
+        if write_gate != "none":
+            self.write_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
+        if write_gate == "surprise":
+            self.write_gate_surprise = nn.Parameter(torch.empty(num_key_value_heads))
+        if rule == "gated_delta":
+            self.forget_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
+        if readout == "head":
+            self.read_gate = nn.Linear(hidden_size, 1)
+        if readout == "mix":
+            self.mix_gate = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start values: identity-like projections, a branch that adds nothing, gates that can move."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.eye_(linear.weight) if linear.in_features == linear.out_features else nn.init.orthogonal_(
+                linear.weight
+            )
+            nn.init.zeros_(linear.bias)
+        if self.taps > 1:
+            for name, conv in self.named_parameters():
+                if name.endswith("_conv"):
+                    nn.init.zeros_(conv)
+                    conv[:, -1] = 1.0
+            # the key of a pair is the token before it: asking with the present finds what followed in the past
+            self.k_conv[:, -2], self.k_conv[:, -1] = 1.0, 0.0
+        if self.readout == "layer":
+            nn.init.zeros_(self.o_proj.weight)
+        if self.readout == "head":
+            # the transpose of v_proj: what was put in as an embedding comes out as one
+            self.o_proj.weight.copy_(self.v_proj.weight.repeat(self._groups, 1).T / self._groups)
+            nn.init.zeros_(self.read_gate.weight)
+            nn.init.zeros_(self.read_gate.bias)
+        if self.write_gate != "none":
+            nn.init.zeros_(self.write_gate_proj.weight)
+            nn.init.constant_(self.write_gate_proj.bias, 2.0)  # sigmoid 0.88, slope 0.1
+        if self.write_gate == "surprise":
+            nn.init.zeros_(self.write_gate_surprise)
+        if self.rule == "gated_delta":
+            nn.init.zeros_(self.forget_gate_proj.weight)
+            nn.init.constant_(self.forget_gate_proj.bias, -8.0)  # half-life of about 2000 tokens
+        if self.readout == "mix":
+            nn.init.constant_(self.mix_gate, -4.0)  # sigmoid 0.018, slope 0.018
+
+    @property
+    def _groups(self) -> int:
+        return self.num_heads // self.num_key_value_heads
+
+    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> MemoryLayerState:
+        """An empty state: nothing written, nothing in the window."""
+        width = feature_dim(self.feature_map, self.head_dim)
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        memory = MemoryState.zeros(
+            batch_size, self.num_key_value_heads, self.head_dim, width,
+            rule=self.rule, dtype=state_dtype, device=device,
+        )  # fmt: skip
+        slots = self.window + self.taps - 1
+        recent = torch.zeros(batch_size, slots, self.q_proj.in_features, dtype=dtype, device=device)
+        return MemoryLayerState(memory, recent)
+
+    def forward(
+        self, hidden: Tensor, stream: MemoryStream, state: MemoryLayerState, embedding: Tensor | None = None
+    ) -> tuple[Tensor, MemoryLayerState]:
+        """Write what leaves the window while ``hidden`` comes in, and read at each of its positions.
+
+        Args:
+            hidden: the layer's (normalised) inputs ``[B, T, hidden]``.
+            stream: flags, ids and surprise of recent and new tokens.
+            state: from the last call, or :meth:`init_state`.
+            embedding: token embeddings ``[vocabulary, hidden]``, for the ``head`` read-out.
+
+        Returns:
+            what to add: ``[B, T, hidden]`` (``mix``: the read itself, ``[B, T, H, D]``), and the new state.
+        """
+        steps, taps = hidden.shape[1], self.taps
+        inputs = torch.cat([state.recent, hidden], dim=1)
+        q = self._project(self.q_proj, "q_conv", inputs[:, -(steps + taps - 1) :], stream.valid)
+        k = self._project(self.k_proj, "k_conv", inputs[:, : steps + taps - 1], stream.valid)
+        leaving = inputs[:, taps - 1 : taps - 1 + steps]
+        out, memory = scan(
+            self._heads(q),
+            self._heads(k),
+            self._heads(self._values(inputs, stream, steps, embedding)),
+            state.memory,
+            rule=self.rule,
+            feature_map=self.feature_map,
+            chunk_size=self.chunk_size,
+            segment_size=self.segment_size,
+            beta=self._write_strength(leaving, stream, steps),
+            log_alpha=self._log_forget(leaving),
+            mask=stream.valid[:, taps - 1 : taps - 1 + steps],
+        )
+        new_state = MemoryLayerState(memory, inputs[:, steps:])
+        if self.readout == "mix":
+            return out.to(hidden.dtype), new_state
+        out = self.o_proj(out.to(hidden.dtype).flatten(2))
+        return (self.read_gate(hidden) * out if self.readout == "head" else out), new_state
+
+    def read_mask(self, stream: MemoryStream, state: MemoryLayerState, steps: int) -> Tensor:
+        """``[B, T]``: whether anything was written when each position reads (``state``: before the call)."""
+        leaving = stream.valid[:, self.taps - 1 : self.taps - 1 + steps]
+        return state.memory.written[:, None] + leaving.cumsum(1) > 0
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _project(self, linear: nn.Linear, conv: str, inputs: Tensor, valid: Tensor) -> Tensor:
+        """Project ``[B, T + K - 1, hidden]`` and convolve to ``[B, T, ...]``; never across the text's start or padding."""
+        x = linear(inputs)
+        if self.taps == 1:
+            return x
+        first_is_oldest = conv != "q_conv"
+        part = valid[:, : x.shape[1]] if first_is_oldest else valid[:, -x.shape[1] :]
+        x = x * part[..., None]
+        weight = getattr(self, conv)
+        steps = x.shape[1] - self.taps + 1
+        return sum(x[:, i : i + steps] * weight[:, i] for i in range(self.taps))  # type: ignore[return-value]
+
+    def _values(self, inputs: Tensor, stream: MemoryStream, steps: int, embedding: Tensor | None) -> Tensor:
+        if self.readout != "head":
+            return self._project(self.v_proj, "v_conv", inputs[:, : steps + self.taps - 1], stream.valid)
+        assert embedding is not None
+        assert stream.ids is not None
+        ids = stream.ids[:, self.taps - 1 : self.taps - 1 + steps]
+        return F.normalize(_full(self.v_proj(F.embedding(ids, embedding))), dim=-1)
+
+    def _write_strength(self, leaving: Tensor, stream: MemoryStream, steps: int) -> Tensor | None:
+        if self.write_gate == "none":
+            return None
+        logit = _full(self.write_gate_proj(leaving))
+        if self.write_gate == "surprise":
+            assert stream.surprise is not None
+            surprise = stream.surprise[:, self.taps - 1 : self.taps - 1 + steps]
+            logit = logit + self.write_gate_surprise * surprise[..., None]
+        return logit.sigmoid()
+
+    def _log_forget(self, leaving: Tensor) -> Tensor | None:
+        return -F.softplus(_full(self.forget_gate_proj(leaving))) if self.rule == "gated_delta" else None

@@ -1,0 +1,88 @@
+"""Exact attention over the last W tokens, in blocks of queries so that memory stays flat in the length.
+
+Shapes: ``B`` batch, ``H`` query heads, ``Hkv`` key heads, ``T`` new tokens, ``P`` past tokens (at most W - 1),
+``D`` head width. Query ``t`` attends to keys ``(t - W, t]``.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 1024  # queries of one attention call; a speed knob
+
+
+class Block(NamedTuple):
+    """One attention call: queries ``[start, stop)``, keys ``[first, last)``."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    mask: Tensor | None  # [B or 1, 1, stop - start, last - first] bool; None: see is_causal
+    is_causal: bool
+
+
+WindowPlan = list[Block]
+
+
+def window_plan(steps: int, past: int, window: int, valid: Tensor | None, device: torch.device) -> WindowPlan:
+    """Blocks and masks of one forward call; the same for all layers.
+
+    Args:
+        steps: new tokens T.
+        past: cached keys P.
+        window: W.
+        valid: ``[B, P + T]`` bool, False where padded; None: no padding, which keeps the mask-free kernels.
+        device: where the masks live.
+    """
+    if valid is None and past + steps <= window and (past == 0 or steps == 1):
+        # The plain causal kernels, so that a text inside the window gives the pretrained model's bits.
+        return [Block(0, steps, 0, past + steps, None, is_causal=steps > 1)]
+    plan = []
+    for start in range(0, steps, BLOCK):
+        stop = min(start + BLOCK, steps)
+        first, last = max(0, past + start - window + 1), past + stop
+        query = torch.arange(past + start, past + stop, device=device)[:, None]
+        key = torch.arange(first, last, device=device)[None]
+        mask = ((key <= query) & (key > query - window))[None, None]
+        if valid is not None:
+            # padded queries still see themselves: a row without any key would give NaN
+            mask = mask & valid[:, None, None, first:last] | (key == query)
+        plan.append(Block(start, stop, first, last, mask, is_causal=False))
+    return plan
+
+
+def sliding_window_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan, *, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention under ``plan``.
+
+    Args:
+        q: ``[B, H, T, D]``.
+        k: ``[B, Hkv, P + T, D]``; v likewise.
+
+    Returns:
+        ``[B, H, T, D]``.
+    """
+    groups = q.shape[1] // k.shape[1]
+    outputs = []
+    for block in plan:
+        query = q[:, :, block.start : block.stop]
+        key, value = k[:, :, block.first : block.last], v[:, :, block.first : block.last]
+        mask = block.mask
+        if mask is not None and groups > 1:  # enable_gqa with a mask falls back to an unfused kernel
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=block.is_causal,
+            scale=scale,
+            enable_gqa=mask is None and groups > 1,
+        )
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)

@@ -1,0 +1,22 @@
+"""The memory core: pure tensor functions, usable without any model.
+
+Shapes, everywhere in this package: ``B`` batch, ``T`` tokens, ``H`` heads, ``G`` query heads per memory head,
+``Dk`` / ``Dv`` key and value width of one head, ``C`` tokens of one chunk, ``W`` delay (the window).
+"""
+
+from senri.memory import reference
+from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
+from senri.memory.rules import RULES
+from senri.memory.scan import delay_line, scan
+from senri.memory.state import MemoryState, Pending
+
+__all__ = [
+    "FEATURE_MAPS",
+    "RULES",
+    "MemoryState",
+    "Pending",
+    "delay_line",
+    "feature_dim",
+    "reference",
+    "scan",
+]

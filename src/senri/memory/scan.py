@@ -1,0 +1,224 @@
+"""The causal scan: write the stream into the memory and read it at every step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
+from senri.memory.rules import RULES, Chunk, additive_chunk, delta_chunk
+from senri.memory.state import MemoryState, Pending
+
+
+def delay_line(queue: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Push ``new`` ``[B, T, ...]`` into ``queue`` ``[B, W, ...]``: returns the T oldest, and the W newest."""
+    both = torch.cat([queue, new], dim=1)
+    steps = new.shape[1]
+    return both[:, :steps], both[:, steps:]
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: MemoryState | None = None,
+    *,
+    rule: str = "linear",
+    delay: int = 0,
+    chunk_size: int = 64,
+    segment_size: int = 2048,
+    beta: Tensor | None = None,
+    log_alpha: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    feature_map: str | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, MemoryState]:
+    """Causal linear attention over the delayed stream: step ``t`` writes pair ``t - delay``, then reads with ``q_t``.
+
+    Args:
+        q: queries ``[B, T, Hq, Dk]``; ``Hq`` is a multiple of ``H`` (query head ``h`` reads memory ``h // (Hq // H)``).
+        k: keys ``[B, T, H, Dk]``, no position encoding.
+        v: values ``[B, T, H, Dv]``.
+        state: what an earlier call returned; None starts empty.
+        rule: ``linear``, ``delta``, ``delta_token`` or ``gated_delta`` (see ``rules.py``).
+        delay: the window W; 0 writes each pair before its own query reads.
+        chunk_size: tokens handled at once. A speed knob: results agree to rounding.
+        segment_size: pairs between two refreshes of the ``delta`` rule's correction, from the start of the text.
+        beta: write gate in [0, 1], ``[B, T, H]``; None writes everything.
+        log_alpha: log of the forget gate, <= 0, ``[B, T, H]``; None keeps everything. It acts at the pair's write.
+        mask: ``[B, T]``, False or 0 where padded: never written, and no step for the forget gate.
+        cu_seqlens: ``[N + 1]`` boundaries of N documents packed into one row (B = 1): each starts with its own
+            memory (``state``, if given, has N rows) and the returned state has N rows.
+        feature_map: name from ``FEATURE_MAPS``; None takes the rule's own.
+        eps: lower bound of the normaliser.
+
+    Returns:
+        output ``[B, T, Hq, Dv]`` in ``v``'s dtype, and the new state. An empty memory reads as exact zeros.
+
+    Raises:
+        ValueError: unknown rule or feature map, shapes that do not fit, ``log_alpha`` for ``delta_token``.
+    """
+    _check(q, k, v, rule, delay, chunk_size, segment_size, log_alpha, feature_map, cu_seqlens)
+    options = {
+        "rule": rule,
+        "chunk_size": chunk_size,
+        "segment_size": segment_size,
+        "feature_map": feature_map,
+        "eps": eps,
+    }
+    documents = None
+    if cu_seqlens is not None:  # one row a document, right-padded; packed again below
+        index, documents = unpack_index(cu_seqlens)
+        q, k, v, beta, log_alpha, mask = (
+            None if x is None else x[0][index] for x in (q, k, v, beta, log_alpha, mask)
+        )
+        mask = documents if mask is None else mask.bool() & documents
+    batch_size, steps, num_heads, key_dim = k.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if state is None:
+        width = feature_dim(feature_map or RULES[rule].feature_map, key_dim)
+        state = MemoryState.zeros(
+            batch_size, num_heads, v.shape[-1], width, rule=rule, dtype=dtype, device=q.device
+        )
+    valid = torch.ones(batch_size, steps, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
+    stream, pending = Pending(k, v, beta, log_alpha, valid), None
+    if delay:
+        stream, pending = _delay(state.pending, stream, delay, documents)
+    out, state = _scan(q, stream, state, dtype=dtype, **options)  # type: ignore[arg-type]
+    if documents is not None:
+        out = out[documents][None]
+    return out.to(v.dtype), state._replace(pending=pending)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: str,
+    delay: int,
+    chunk_size: int,
+    segment_size: int,
+    log_alpha: Tensor | None,
+    feature_map: str | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is not one of: {', '.join(RULES)}")
+    if feature_map is not None and feature_map not in FEATURE_MAPS:
+        raise ValueError(f"feature_map {feature_map!r} is not one of: {', '.join(FEATURE_MAPS)}")
+    if log_alpha is not None and not RULES[rule].forgets:
+        raise ValueError(f"rule {rule!r} has no forget gate; use rule='gated_delta' for log_alpha")
+    if delay < 0 or chunk_size < 1 or segment_size < 1:
+        raise ValueError("delay must be >= 0, chunk_size and segment_size >= 1")
+    fits = k.shape[:3] == v.shape[:3] and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    if not fits or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: they must be [B, T, Hq, Dk], "
+            "[B, T, H, Dk], [B, T, H, Dv] with Hq a multiple of H"
+        )
+    if cu_seqlens is not None and (q.shape[0] != 1 or int(cu_seqlens[-1]) != q.shape[1]):
+        raise ValueError("cu_seqlens needs one packed row (B = 1) and must end at its number of tokens")
+
+
+def _delay(
+    queue: Pending | None, new: Pending, delay: int, documents: Tensor | None
+) -> tuple[Pending, Pending]:
+    """The pairs that leave at each step, and those still pending; ``documents`` ``[B, T]`` marks each row's length."""
+    leaving: list[Tensor | None] = []
+    kept: list[Tensor | None] = []
+    for i, tensor in enumerate(new):
+        old = queue[i] if queue is not None else None
+        if tensor is None:
+            leaving.append(None)
+            kept.append(None)
+            continue
+        if old is None:
+            old = tensor.new_zeros(tensor.shape[0], delay, *tensor.shape[2:])
+        out, rest = delay_line(old, tensor)
+        if documents is not None:  # nothing leaves after a document's end
+            ends = documents.sum(1, keepdim=True) + torch.arange(delay, device=tensor.device)
+            rest = torch.cat([old, tensor], 1)[torch.arange(len(ends), device=tensor.device)[:, None], ends]
+        leaving.append(out)
+        kept.append(rest)
+    stream = Pending(*leaving)  # type: ignore[arg-type]
+    if documents is not None:
+        stream = stream._replace(valid=stream.valid & documents)
+    return stream, Pending(*kept)  # type: ignore[arg-type]
+
+
+def _scan(
+    q: Tensor,
+    stream: Pending,
+    state: MemoryState,
+    *,
+    rule: str,
+    chunk_size: int,
+    segment_size: int,
+    feature_map: str | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, MemoryState]:
+    """Walk the chunks of one call; all tensors heads first from here on."""
+    kind = RULES[rule]
+    steps, num_heads = q.shape[1], stream.k.shape[2]
+    whole = _prepare(q, stream, kind.normalised, feature_map or kind.feature_map, dtype)
+    M, z, M_segment, z_segment = state.M, state.z, state.M_segment, state.z_segment
+    begins = _segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
+    cuts = sorted({*range(0, steps, chunk_size), *begins, steps})
+    outputs = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        part = slice(start, stop)
+        chunk = Chunk(
+            whole.q[:, :, :, part],
+            whole.k[:, :, part],
+            whole.v[:, :, part],
+            whole.beta[:, :, part],
+            None if whole.log_alpha is None else whole.log_alpha[:, :, part],
+        )
+        if start in begins:
+            rows = begins[start][:, None, None]
+            M_segment = torch.where(rows[..., None], M, M_segment)
+            z_segment = torch.where(rows, z, z_segment)
+        if z is not None:
+            out, M, z = additive_chunk(M, z, chunk, M_segment, z_segment, eps)
+        else:
+            out, M = delta_chunk(M, chunk)
+        outputs.append(out)
+    written = state.written + stream.valid.sum(1)
+    if not outputs:
+        return q.new_zeros(*q.shape[:3], stream.v.shape[-1]), state._replace(written=written)
+    out = torch.cat(outputs, dim=3)  # [B, H, G, T, Dv]
+    out = out.permute(0, 3, 1, 2, 4).reshape(q.shape[0], steps, q.shape[2], -1)
+    assert out.shape[2] % num_heads == 0
+    return out, MemoryState(M, z, M_segment, z_segment, written)
+
+
+def _prepare(q: Tensor, stream: Pending, normalised: bool, feature_map: str, dtype: torch.dtype) -> Chunk:
+    """Feature maps, heads first, GQA groups split off, padding gated out."""
+    sigma = FEATURE_MAPS[feature_map]
+    num_heads = stream.k.shape[2]
+    q, k, v = sigma(q.to(dtype)), sigma(stream.k.to(dtype)), stream.v.to(dtype)
+    if not normalised:
+        q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
+    q = q.unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1, 4)
+    valid = stream.valid[..., None].to(dtype)  # [B, T, 1]
+    beta = valid.expand(-1, -1, num_heads) if stream.beta is None else stream.beta.to(dtype) * valid
+    log_alpha = None if stream.log_alpha is None else (stream.log_alpha.to(dtype) * valid).transpose(1, 2)
+    return Chunk(q, k.transpose(1, 2), v.transpose(1, 2), beta.transpose(1, 2), log_alpha)
+
+
+def _segment_begins(valid: Tensor, written: Tensor, segment_size: int) -> dict[int, Tensor]:
+    """Steps at which some row begins a segment -> which rows ``[B]``. Rows may differ: padding is not counted."""
+    index = written[:, None] + valid.cumsum(1) - 1
+    begins = valid & (index % segment_size == 0)
+    return {int(t): begins[:, t] for t in begins.any(0).nonzero().flatten()}
+
+
+def unpack_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, L]`` token index of each document, right-padded with its last token, and which entries are real."""
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    steps = torch.arange(int((ends - starts).max()), device=cu_seqlens.device)
+    index = starts[:, None] + steps
+    return torch.minimum(index, ends[:, None] - 1), index < ends[:, None]

@@ -1,0 +1,95 @@
+"""What a memory carries between calls, as an argument and a return value; never hidden in a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+StateT = TypeVar("StateT")
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], state: StateT) -> StateT:
+    """Apply ``fn`` to every tensor of a (nested) NamedTuple state; everything else stays as it is."""
+    if isinstance(state, Tensor):
+        return fn(state)  # type: ignore[return-value]
+    if isinstance(state, tuple):
+        fields = (map_tensors(fn, field) for field in state)
+        return type(state)(*fields) if hasattr(state, "_fields") else type(state)(fields)  # type: ignore[return-value, call-arg]
+    return state
+
+
+def named_tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a (nested) NamedTuple state under its dotted name."""
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    if not isinstance(state, tuple):
+        return {}
+    names = getattr(state, "_fields", range(len(state)))
+    out: dict[str, Tensor] = {}
+    for name, field in zip(names, state, strict=True):
+        out.update(named_tensors(field, f"{prefix}.{name}" if prefix else str(name)))
+    return out
+
+
+def nbytes(state: Any) -> int:
+    """Bytes that the tensors of a (nested) state take."""
+    return sum(t.numel() * t.element_size() for t in named_tensors(state).values())
+
+
+class Pending(NamedTuple):
+    """Pairs that were seen but not yet written: the window as the memory sees it (``delay`` slots)."""
+
+    k: Tensor  # [B, W, H, Dk], as given to scan (before the feature map)
+    v: Tensor  # [B, W, H, Dv]
+    beta: Tensor | None  # [B, W, H]
+    log_alpha: Tensor | None  # [B, W, H]
+    valid: Tensor  # [B, W] bool; False: an empty slot or padding, never written
+
+
+class MemoryState(NamedTuple):
+    """One associative memory per head. float32, or float64 when the inputs are float64."""
+
+    M: Tensor  # [B, H, Dv, F]: sum of v (x) sigma(k); F is the feature map's width
+    z: Tensor | None  # [B, H, F]: sum of sigma(k); only for rules that normalise (linear, delta)
+    M_segment: Tensor | None  # [B, H, Dv, F]: M when the current segment began; only for delta
+    z_segment: Tensor | None  # [B, H, F]: likewise
+    written: Tensor  # [B] int64: pairs written so far
+    pending: Pending | None = None  # only when scan() itself delays the stream
+
+    @classmethod
+    def zeros(
+        cls,
+        batch_size: int,
+        num_heads: int,
+        value_dim: int,
+        key_dim: int,
+        *,
+        rule: str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> MemoryState:
+        """An empty memory for ``rule``; ``key_dim`` is the feature map's output width."""
+        M = torch.zeros(batch_size, num_heads, value_dim, key_dim, dtype=dtype, device=device)
+        z = torch.zeros(batch_size, num_heads, key_dim, dtype=dtype, device=device)
+        written = torch.zeros(batch_size, dtype=torch.long, device=device)
+        if rule == "linear":
+            return cls(M, z, None, None, written)
+        if rule == "delta":
+            return cls(M, z, M, z, written)
+        return cls(M, None, None, None, written)
+
+    def detach(self) -> MemoryState:
+        """The same state, cut from the graph."""
+        return map_tensors(lambda t: t.detach(), self)
+
+    def to(self, device: torch.device | str) -> MemoryState:
+        """The same state on another device."""
+        return map_tensors(lambda t: t.to(device), self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, pending pairs included."""
+        return nbytes(self)
