@@ -100,15 +100,13 @@ BAD_VALUES = [
     (
         "senri.feature_map",
         "elu",
-        "model.yaml: senri.feature_map: 'elu' is not one of: elu_plus_one, relu, identity, dpfp, hedgehog, "
-        "null",
+        "model.yaml: senri.feature_map: 'elu' is not one of: elu_plus_one, relu, identity, dpfp, hedgehog, null",
     ),
     ("dtype", None, "model.yaml: dtype: null is not one of: auto, float32, bfloat16"),
     ("base_model_name", "", "model.yaml: base_model_name: '' is not a non-empty string"),
     ("base_model_name", 7, "model.yaml: base_model_name: 7 is not a non-empty string"),
     ("senri.chunk_size", 0, "model.yaml: senri.chunk_size: 0 is not an integer > 0"),
     ("senri.chunk_size", None, "model.yaml: senri.chunk_size: null is not an integer > 0"),
-    ("senri.forget_gate", 1, "model.yaml: senri.forget_gate: 1 is not true or false"),
     ("batch_size", True, "training.yaml: batch_size: true is not an integer > 0"),
     ("batch_size", 2.0, "training.yaml: batch_size: 2.0 is not an integer > 0"),
     ("batch_size", "4", "training.yaml: batch_size: '4' is not an integer > 0"),
@@ -129,8 +127,7 @@ BAD_VALUES = [
     (
         "demo.pace_size",
         1,
-        "experiment.yaml: demo.pace_size: unknown key; did you mean 'piece_size'? "
-        "allowed: num_tokens, piece_size",
+        "experiment.yaml: demo.pace_size: unknown key; did you mean 'piece_size'? allowed: num_tokens, piece_size",
     ),
     ("demo.zzz", 1, "experiment.yaml: demo.zzz: unknown key; allowed: num_tokens, piece_size"),
 ]
@@ -178,16 +175,12 @@ def test_numbers_with_an_exponent_are_numbers(folder: Path) -> None:
 def test_an_unknown_key_gets_the_nearest_known_one(folder: Path) -> None:
     change(folder, "training.yaml", "learning_rat", 1)
     (line,) = errors_of(folder)
-    assert line.startswith(
-        "training.yaml: learning_rat: unknown key; did you mean 'learning_rate'? allowed: "
-    )
+    assert line.startswith("training.yaml: learning_rat: unknown key; did you mean 'learning_rate'? allowed: ")
     assert line.endswith(", ".join(TrainingConfig.model_fields))
     change(folder, "training.yaml", "learning_rat", 1)
     change(folder, "model.yaml", "senri.chunk_siz", 1)
     line, _ = errors_of(folder)
-    assert line.startswith(
-        "model.yaml: senri.chunk_siz: unknown key; did you mean 'chunk_size'? allowed: sliding_"
-    )
+    assert line.startswith("model.yaml: senri.chunk_siz: unknown key; did you mean 'chunk_size'? allowed: sliding_")
 
 
 def test_a_key_that_is_no_string_is_unknown(folder: Path) -> None:
@@ -221,9 +214,9 @@ def test_errors_of_all_files_come_at_once(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "the file is empty; it needs the keys base_model_name, dtype, senri"),
-        ("# only a comment\n", "the file is empty; it needs the keys base_model_name, dtype, senri"),
-        ("- a\n", "holds a list, not a mapping with the keys base_model_name, dtype, senri"),
+        ("", "the file is empty; it needs the keys base_model_name, adapter, dtype, senri"),
+        ("# only a comment\n", "the file is empty; it needs the keys base_model_name, adapter, dtype, senri"),
+        ("- a\n", "holds a list, not a mapping with the keys base_model_name, adapter, dtype, senri"),
         ("dtype: auto\ndtype: float32\n", "line 2, column 1: not valid YAML: the key 'dtype' is given twice"),
         ("dtype: auto\nbase_model_name: [a\n", "line 3, column 1: not valid YAML: expected ',' or ']'"),
         ("dtype: auto\n\tbase_model_name: a\n", "line 2, column 1: not valid YAML: found character '\\t'"),
@@ -267,17 +260,13 @@ def test_samples_are_held_against_the_default_window_too(folder: Path) -> None:
         config.to_senri_config()
 
 
-def test_without_a_path_the_working_directory_comes_first(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_path_the_working_directory_comes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(folder, "training.yaml", "batch_size", 77)
     monkeypatch.chdir(folder.parent)
     assert ConfigManager().batch_size == 77
 
 
-def test_without_any_folder_the_defaults_of_the_checkout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_any_folder_the_defaults_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config").mkdir()  # somebody else's: it holds no model.yaml
     monkeypatch.chdir(tmp_path)
     assert ConfigManager().folder == SHIPPED.resolve()

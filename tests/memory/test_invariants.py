@@ -1,5 +1,7 @@
 """The invariants of the memory core (SPEC section 2) as properties, for every rule, shape and cut."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,7 +69,7 @@ def test_streaming_equals_parallel(data, rule):
     whole, final = case.run()
     cuts = sorted({0, T, *data.draw(st.lists(st.integers(0, T), max_size=T))})
     state, parts = None, []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         out, state = case.run(state=state, start=start, stop=stop, chunk_size=data.draw(st.integers(1, 9)))
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
@@ -146,9 +148,7 @@ def test_causality(data, rule):
     # the pair itself must not be read before `delay` steps have passed
     delay = case.options["delay"]
     if "mask" not in case.gates and delay:
-        torch.testing.assert_close(
-            before[:, t + 1 : t + delay], after[:, t + 1 : t + delay], rtol=0, atol=1e-12
-        )
+        torch.testing.assert_close(before[:, t + 1 : t + delay], after[:, t + 1 : t + delay], rtol=0, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
@@ -164,7 +164,7 @@ def test_rows_are_independent_and_padding_is_never_written(data, rule):
     for row, pad in enumerate(pads):
         alone, alone_state = case.run(rows=slice(row, row + 1), start=pad)
         torch.testing.assert_close(batched[row : row + 1, pad:], alone, **EXACT)
-        got = map_tensors(lambda t: t[row : row + 1], state._replace(pending=None))
+        got = map_tensors(lambda t, row=row: t[row : row + 1], state._replace(pending=None))
         assert_states_equal(got, alone_state._replace(pending=None), **EXACT)
 
 
@@ -177,7 +177,7 @@ def test_packed_documents_never_mix(data, rule):
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     for fn in (scan, reference.scan):
         packed, states = case.run(fn=fn, cu_seqlens=torch.tensor(bounds))
-        for n, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for n, (start, stop) in enumerate(pairwise(bounds)):
             alone, state = case.run(start=start, stop=stop)
             torch.testing.assert_close(packed[:, start:stop], alone, **EXACT)
             torch.testing.assert_close(states.M[n : n + 1], state.M, **EXACT)

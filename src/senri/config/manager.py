@@ -68,20 +68,21 @@ class ConfigManager:
         return dict(self.model.senri)
 
     def to_senri_config(self) -> "SenriConfig":
-        """A SenriConfig with model.yaml's values.
+        """The SenriConfig of the configured base model with model.yaml's values on top.
 
         Raises:
-            ConfigError: SenriConfig finds the combination impossible, or training samples would fit
-                the window.
+            ConfigError: the base model cannot be found, SenriConfig finds the combination impossible, or training
+                samples would fit the window.
         """
         from huggingface_hub.errors import StrictDataclassError
 
-        from senri.hf.configuration_senri import SenriConfig
+        from senri.hf.base import load_base_config
+        from senri.hf.convert import senri_config
 
         try:
-            config = SenriConfig(**self.senri_overrides())
+            config = senri_config(load_base_config(self.base_model_name), **self.senri_overrides())
         except (ValueError, StrictDataclassError) as error:
-            raise ConfigError(self.folder, [f"{MODEL}: senri: {error}"]) from error
+            raise ConfigError(self.folder, [f"{MODEL}: {error}"]) from error
         # Again, for model.yaml may leave the window to SenriConfig.
         if errors := _fits_window(self.training, config.sliding_window_size):
             raise ConfigError(self.folder, errors)
@@ -146,9 +147,7 @@ def _syntax_error(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return f"not valid YAML: {' '.join(str(error).split())}"
-    return (
-        f"line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {getattr(error, 'problem', error)}"
-    )
+    return f"line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {getattr(error, 'problem', error)}"
 
 
 def _contradictions(model: ModelConfig | None, training: TrainingConfig | None) -> list[str]:

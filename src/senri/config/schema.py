@@ -30,7 +30,6 @@ Positive = Annotated[int, Strict(), Field(gt=0)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Field(min_length=1)]
-# Not strict: PyYAML hands over `3e-4` as a string.
 # Not strict: PyYAML hands over `3e-4` as a string. The bounds stand first, or the JSON schema that
 # the error messages are made from loses them.
 _NO_BOOL = BeforeValidator(_no_bool)
@@ -65,13 +64,13 @@ class SenriOverrides(TypedDict, total=False):
     memory_gate: MemoryGate
     memory_conv_size: Count
     write_gate: WriteGate
-    forget_gate: Flag
 
 
 class ModelConfig(Section):
     """model.yaml."""
 
     base_model_name: Text
+    adapter: Text
     dtype: Dtype
     senri: SenriOverrides = SenriOverrides()
 

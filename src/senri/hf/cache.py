@@ -55,6 +55,7 @@ class SenriCache(Cache):
         """A second cache in the same state; the two go on independently."""
         other = SenriCache(self.num_layers, self.sliding_window_size)
         other.state, other.columns, other.has_padding = self.state, self.columns, self.has_padding
+        other.offset = self.offset
         return other
 
     def detach(self) -> SenriCache:

@@ -51,11 +51,19 @@ _AT_LEAST = {
     "first_memory_layer": 0,
     "memory_layer_interval": 1,
     "memory_num_heads": 1,
+    "memory_num_key_value_heads": 1,
     "memory_head_dim": 1,
     "memory_conv_size": 0,
 }
 # Keys of saved configurations and of base models' ones that PreTrainedConfig takes without a field of its own.
-_PASSED_ON = {"rope_theta", "rope_scaling", "torch_dtype", "attn_implementation", "_attn_implementation"}
+_PASSED_ON = {
+    "name_or_path",
+    "rope_theta",
+    "rope_scaling",
+    "torch_dtype",
+    "attn_implementation",
+    "_attn_implementation",
+}
 
 
 @strict
@@ -106,12 +114,13 @@ class SenriConfig(LlamaConfig):
         known = set(PreTrainedConfig().to_dict()) | set(self.__dataclass_fields__) | _PASSED_ON
         for name in kwargs:
             if name not in known and not name.startswith("_"):
-                near = difflib.get_close_matches(name, known, 1)
+                near = difflib.get_close_matches(name, [k for k in known if not k.startswith("_")], 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"SenriConfig has no field {name!r}{hint}")
         if self.memory_num_key_value_heads is None:
             self.memory_num_key_value_heads = self.memory_num_heads
         super().__post_init__(**kwargs)
+        self.validate_memory()  # here too, as a ValueError: @strict's own error is none
 
     @property
     def memory_layers(self) -> list[int]:
@@ -122,8 +131,11 @@ class SenriConfig(LlamaConfig):
     def validate_memory(self) -> None:
         """Part of `@strict`'s validation: rejects what cannot work, naming the field."""
         for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise ValueError(f"{name} must be a whole number, not {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "feature_map" and value is None):
@@ -134,7 +146,7 @@ class SenriConfig(LlamaConfig):
                 "first_memory_layer, memory_layer_interval or num_memory_layers"
             )
         assert self.memory_num_key_value_heads is not None
-        if self.memory_num_key_value_heads < 1 or self.memory_num_heads % self.memory_num_key_value_heads:
+        if self.memory_num_heads % self.memory_num_key_value_heads:
             raise ValueError(
                 f"memory_num_heads ({self.memory_num_heads}) must be a multiple of memory_num_key_value_heads "
                 f"({self.memory_num_key_value_heads})"
@@ -158,9 +170,7 @@ class SenriConfig(LlamaConfig):
                 )
         if self.memory_gate == "infini":
             if self.memory_readout != "layer":
-                raise ValueError(
-                    "memory_gate 'infini' mixes into the attention heads: it needs memory_readout 'layer'"
-                )
+                raise ValueError("memory_gate 'infini' mixes into the attention heads: it needs memory_readout 'layer'")
             attention = (self.num_attention_heads, self.head_dim)
             if (self.memory_num_heads, self.memory_head_dim) != attention:
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ _BASE_FIELDS = (
 )
 
 
-def convert_to_senri(
-    model_or_path: PreTrainedModel | str | Path, **config_overrides: Any
-) -> SenriForCausalLM:
+def convert_to_senri(model_or_path: PreTrainedModel | str | Path, **config_overrides: Any) -> SenriForCausalLM:
     """Convert a Llama-architecture (SmolLM, SmolLM2, Llama) or Qwen2 model.
 
     Within the window the converted model's logits are the base's; the memory adds nothing until it is calibrated or
@@ -58,13 +57,11 @@ def convert_to_senri(
     if lost or unexpected:
         raise ValueError(f"the weights do not fit: missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
     if base.generation_config is not None:
-        model.generation_config = base.generation_config
+        model.generation_config = copy.deepcopy(base.generation_config)
     return model.to(base.device).eval()
 
 
-def convert_qwen_to_senri(
-    model_or_path: PreTrainedModel | str | Path, **config_overrides: Any
-) -> SenriForCausalLM:
+def convert_qwen_to_senri(model_or_path: PreTrainedModel | str | Path, **config_overrides: Any) -> SenriForCausalLM:
     """:func:`convert_to_senri` for a Qwen2 model; the preset ``qwen2.5-0.5b`` applies to Qwen2.5-0.5B.
 
     Raises:
@@ -106,8 +103,10 @@ def load_pretrained(path: str | Path) -> PreTrainedModel:
         if "gguf_file" not in where:  # a .gguf says its architecture only once it is read
             check_architecture(AutoConfig.from_pretrained(where["pretrained_model_name_or_path"]))
         return AutoModelForCausalLM.from_pretrained(**where, dtype="auto")
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # a damaged .gguf fails in any way: struct.error, IndexError, KeyError
+        if not isinstance(error, OSError) and "gguf_file" not in where:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"cannot load a model from {str(path)!r}: {reason}") from None
 
 

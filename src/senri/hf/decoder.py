@@ -5,6 +5,8 @@ Parameter names are the base model's, so that its weights load as they are; what
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import (
@@ -25,6 +27,14 @@ class SenriRotaryEmbedding(LlamaRotaryEmbedding):
     Below ``max_position_embeddings`` the base model's own float32 arithmetic, bit for bit. Beyond it float32 angles
     lose their phase (at a million tokens the spacing of float32 is 0.06 rad), so they are formed in float64.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # .to(bfloat16) must not round the frequencies: from_pretrained() keeps them in float32 too
+        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,9 +84,7 @@ class SenriAttention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        q, k = apply_rotary_pos_emb(
-            heads(self.q_proj(hidden)), heads(self.k_proj(hidden)), *position_embeddings
-        )
+        q, k = apply_rotary_pos_emb(heads(self.q_proj(hidden)), heads(self.k_proj(hidden)), *position_embeddings)
         keys = torch.cat([state.keys, k], dim=2) if state.keys.shape[2] else k
         v = heads(self.v_proj(hidden))
         values = torch.cat([state.values, v], dim=2) if state.values.shape[2] else v

@@ -44,9 +44,7 @@ def model_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(
-            parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data
-        )
+        digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -89,8 +87,8 @@ def save(path: str | Path, cache: SenriCache, header: dict[str, Any]) -> None:
         "tokens_read": cache.tokens_read,
         "columns": cache.columns,
         "has_padding": cache.has_padding,
-        "checksum": _checksum(tensors),
     }
+    header["checksum"] = _checksum(tensors, header)
     data = serialize(tensors, metadata={"senri": json.dumps(header)})
     write_atomically(Path(path), data)
 
@@ -122,19 +120,19 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """The header of a memory file.
 
     Raises:
-        MemoryFileError: missing, not a Senri memory, or truncated.
+        MemoryFileError: missing, not a Senri memory, truncated, or not matching its checksum.
     """
-    return _open(path)[0]
+    return load_tensors(path)[0]
 
 
 def load(path: str | Path, cache: SenriCache, empty: ModelState, expected: dict[str, Any]) -> dict[str, Any]:
     """Fill ``cache`` from a file; ``empty`` gives shapes, dtype and device. Returns the header.
 
     Raises:
-        MemoryFileError: as :func:`read_header`; or the file belongs to another model, naming the field that differs;
-            or its content does not match its checksum. The cache is untouched then.
+        MemoryFileError: as :func:`read_header`; or the file belongs to another model, naming the field that differs.
+            The cache is untouched then.
     """
-    header, tensors = _open(path)
+    header, tensors = load_tensors(path)
     for field in _MUST_MATCH:
         if field in expected and header.get(field) != expected[field]:
             raise MemoryFileError(
@@ -145,16 +143,17 @@ def load(path: str | Path, cache: SenriCache, empty: ModelState, expected: dict[
         raise MemoryFileError(
             f"{path} was read with another tokenizer: tokenizer_fingerprint is {theirs!r} in the file, {ours!r} here"
         )
-    if _checksum(tensors) != header.get("checksum"):
-        raise MemoryFileError(
-            f"{path} is corrupt: its content does not match its checksum; read the text again"
-        )
     cache.state = _restore(empty, tensors)
     cache.columns, cache.has_padding = header["columns"], header["has_padding"]
     return header
 
 
-def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a memory file as they stand in it.
+
+    Raises:
+        MemoryFileError: missing, not a Senri memory, or truncated.
+    """
     if not Path(path).is_file():
         raise MemoryFileError(f"{path}: no such file; make one with: senri read TEXT -o {path}")
     try:
@@ -162,13 +161,20 @@ def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             if "senri" not in metadata:
                 raise MemoryFileError(f"{path} is a safetensors file but no Senri memory")
-            return json.loads(metadata["senri"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = json.loads(metadata["senri"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise MemoryFileError(f"{path} is no Senri memory, or truncated or corrupt ({error})") from None
+    # a file of another version is refused by load(), which names the field
+    if header.get("format_version") == FORMAT_VERSION and header.get("checksum") != _checksum(tensors, header):
+        raise MemoryFileError(f"{path} is corrupt: its content does not match its checksum; read the text again")
+    return header, tensors
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    rest = {name: value for name, value in header.items() if name != "checksum"}
+    # through JSON once more: a tuple that was saved comes back as a list
+    digest = hashlib.sha256(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
@@ -206,7 +212,5 @@ def _restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
     if not isinstance(empty, tuple):
         return empty
     names = getattr(empty, "_fields", range(len(empty)))
-    fields = [
-        _restore(e, tensors, f"{prefix}.{n}" if prefix else str(n)) for n, e in zip(names, empty, strict=True)
-    ]
+    fields = [_restore(e, tensors, f"{prefix}.{n}" if prefix else str(n)) for n, e in zip(names, empty, strict=True)]
     return type(empty)(*fields) if hasattr(empty, "_fields") else tuple(fields)

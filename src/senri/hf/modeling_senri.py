@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,21 +31,23 @@ class SenriPreTrainedModel(PreTrainedModel):
     config_class = SenriConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SenriDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ("SenriDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _is_stateful = True  # assisted decoding would have to roll the memory back
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MemoryAttention):
-            loaded = {
-                n: p.clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)
-            }
-            module.reset_parameters()
-            for name, value in loaded.items():
-                module.get_parameter(name).copy_(value)
+    def initialize_weights(self) -> None:
+        """Give every parameter that no checkpoint brought its start value."""
+        super().initialize_weights()
+        # Not in _init_weights(): for models outside its own package transformers never calls it on a module whose
+        # parameters all belong to submodules, so that a memory kept Linear's random values and was not silent.
+        for module in self.modules():
+            if isinstance(module, MemoryAttention):
+                loaded = {n: p.clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+                module.reset_parameters()
+                for name, value in loaded.items():
+                    module.get_parameter(name).copy_(value)
 
 
 class SenriModel(SenriPreTrainedModel):
@@ -127,6 +129,11 @@ class SenriModel(SenriPreTrainedModel):
             hidden_states=all_hidden,
         )
 
+    @property
+    def memories(self) -> dict[int, MemoryAttention]:
+        """The memory of each layer that has one, by layer index."""
+        return {i: cast(MemoryAttention, self.layers[i].memory) for i in self.config.memory_layers}
+
     def new_cache(self) -> SenriCache:
         """An empty cache for this model."""
         return SenriCache(self.config.num_hidden_layers, self.config.sliding_window_size)
@@ -144,11 +151,11 @@ class SenriModel(SenriPreTrainedModel):
         nothing = torch.zeros(state.ids.shape[0], window, dtype=torch.bool, device=state.ids.device)
         stream = self._stream(state, nothing, nothing.long(), nothing.to(self.dtype))
         layers = []
-        for layer, old in zip(self.layers, state.layers, strict=True):
+        for i, old in enumerate(state.layers):
             memory = old.memory
-            if layer.memory is not None and memory is not None:
+            if memory is not None:
                 blank = memory.recent.new_zeros(*nothing.shape, memory.recent.shape[2])
-                _, memory = layer.memory(blank, stream, memory, self.embed_tokens.weight)
+                _, memory = self.memories[i](blank, stream, memory, self.embed_tokens.weight)
                 memory = memory._replace(recent=torch.zeros_like(memory.recent))
             layers.append(LayerState(old.keys[:, :, :0], old.values[:, :, :0], memory))
         empty = torch.zeros_like(state.ids)
@@ -203,9 +210,7 @@ class SenriModel(SenriPreTrainedModel):
             last_hidden = hidden[:, -1].detach()
             stream = self._stream(state, valid, ids, surprise)
         for i, memory_input in waiting.items():
-            read, memory = self.layers[i].memory(
-                memory_input, stream, state.layers[i].memory, self.embed_tokens.weight
-            )
+            read, memory = self.memories[i](memory_input, stream, state.layers[i].memory, self.embed_tokens.weight)
             layers[i] = layers[i]._replace(memory=memory)
             hidden = hidden + read
         slots = state.ids.shape[1]
@@ -227,9 +232,7 @@ class SenriModel(SenriPreTrainedModel):
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
-    def _stream(
-        self, state: ModelState, valid: Tensor, ids: Tensor | None, surprise: Tensor | None
-    ) -> MemoryStream:
+    def _stream(self, state: ModelState, valid: Tensor, ids: Tensor | None, surprise: Tensor | None) -> MemoryStream:
         """The recent tokens' flags, ids and surprise, followed by the new ones'."""
 
         def append(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -280,28 +283,22 @@ class SenriModel(SenriPreTrainedModel):
             )
         needs_ids = self.config.memory_readout == "head" or self.config.write_gate == "surprise"
         if ids is None and needs_ids and self.config.num_memory_layers:
-            raise ValueError(
-                "memory_readout 'head' and write_gate 'surprise' need input_ids, not inputs_embeds"
-            )
+            raise ValueError("memory_readout 'head' and write_gate 'surprise' need input_ids, not inputs_embeds")
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < steps:
-            raise ValueError(
-                f"attention_mask must be [{batch}, {steps}] or longer, not {list(attention_mask.shape)}"
-            )
+            raise ValueError(f"attention_mask must be [{batch}, {steps}] or longer, not {list(attention_mask.shape)}")
         mask = attention_mask[:, attention_mask.shape[1] - steps :].bool()
         return None if mask.all() else mask
 
     def empty_state(self, batch_size: int, dtype: torch.dtype) -> ModelState:
         """The state before any token, for ``batch_size`` rows."""
-        config, device = self.config, self.embed_tokens.weight.device
+        config, device, memories = self.config, self.embed_tokens.weight.device, self.memories
         slots = config.sliding_window_size + max(config.memory_conv_size, 1) - 1
-        keys = torch.zeros(
-            batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device
-        )
+        keys = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
         layers = tuple(
-            LayerState(keys, keys, None if m is None else m.init_state(batch_size, dtype, device))
-            for m in (layer.memory for layer in self.layers)
+            LayerState(keys, keys, memories[i].init_state(batch_size, dtype, device) if i in memories else None)
+            for i in range(config.num_hidden_layers)
         )
         ids = torch.zeros(batch_size, slots, dtype=torch.long, device=device)
         surprised = config.write_gate == "surprise"
@@ -326,9 +323,7 @@ class SenriModel(SenriPreTrainedModel):
         begin = starts.flatten().nonzero().flatten()
         index, valid = unpack_index(torch.cat([begin, begin.new_tensor([starts.numel()])]))
         rows = (
-            {"input_ids": ids.flatten()[index]}
-            if ids is not None
-            else {"inputs_embeds": embeds.flatten(0, 1)[index]}
+            {"input_ids": ids.flatten()[index]} if ids is not None else {"inputs_embeds": embeds.flatten(0, 1)[index]}
         )
         out = self.forward(**rows, attention_mask=valid, use_cache=False)
         return BaseModelOutputWithPast(last_hidden_state=out.last_hidden_state[valid].view_as(embeds))
@@ -341,7 +336,7 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
     the last, until ``end_session()``.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: SenriConfig) -> None:
         super().__init__(config)
@@ -384,9 +379,7 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         logits = self.lm_head(hidden[:, kept] if isinstance(kept, Tensor) or logits_to_keep else hidden)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -421,15 +414,17 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
                     "first, or generate with past_key_values=model.get_memory_state()"
                 )
             if generation_config.use_cache is False:
-                raise ValueError(
-                    "use_cache=False would read the prompt again at every token of a session: leave it on"
-                )
+                raise ValueError("use_cache=False would read the prompt again at every token of a session: leave it on")
             self.session.offset = self.session.columns
             model_kwargs["past_key_values"] = self.session
             return
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        cache = model_kwargs.get("past_key_values")
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if isinstance(cache, SenriCache) and copies > 1 and cache.batch_size == batch_size:
+            cache = cache.fork()  # the caller's has one row for all beams, and stays as it is
+            cache.batch_repeat_interleave(copies)
+            model_kwargs["past_key_values"] = cache
+        if cache is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = self.model.new_cache()
             return
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, *args
-        )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)

@@ -15,7 +15,7 @@ from senri.hf import memory_file
 from senri.hf.cache import SenriCache
 
 if TYPE_CHECKING:
-    from senri.hf.modeling_senri import SenriForCausalLM
+    from senri.hf.configuration_senri import SenriConfig
 
 READ_PIECE = 1024  # tokens of one pass while reading
 
@@ -42,9 +42,15 @@ class SessionMixin:
     """
 
     session: SenriCache | None
+    if TYPE_CHECKING:  # of the model that this is mixed into
+        model: Any
+        config: SenriConfig
+        training: bool
+        device: torch.device
+        dtype: torch.dtype
 
     def reset_memory(
-        self: SenriForCausalLM,  # type: ignore[misc]
+        self,
         batch_size: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -61,9 +67,7 @@ class SessionMixin:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if device is not None and torch.device(device).type != self.device.type:
-            raise ValueError(
-                f"the model is on {self.device}, not on {device}: move the model, the session follows it"
-            )
+            raise ValueError(f"the model is on {self.device}, not on {device}: move the model, the session follows it")
         if dtype is not None and dtype != self.dtype:
             raise ValueError(f"the model computes in {self.dtype}, not in {dtype}: leave dtype out")
         self.session = self.model.new_cache()
@@ -76,12 +80,16 @@ class SessionMixin:
     def get_memory_state(self) -> SenriCache:
         """The session's state as a cache of its own: later calls do not change it.
 
+        Given to ``generate`` as ``past_key_values``, it takes the ids as new text that goes on from it.
+
         Raises:
             RuntimeError: no session is open.
         """
-        return self._open_session().detach()
+        state = self._open_session().detach()
+        state.offset = state.columns
+        return state
 
-    def set_memory_state(self: SenriForCausalLM, state: SenriCache) -> None:  # type: ignore[misc]
+    def set_memory_state(self, state: SenriCache) -> None:
         """Go on from ``state`` (which stays as it is), opening a session.
 
         Raises:
@@ -90,9 +98,7 @@ class SessionMixin:
         session = state.fork()
         if session.state is not None:
             empty = self.model.empty_state(session.state.position.shape[0], self.dtype)
-            ours = {
-                name: t.shape for name, t in memory_file.named_tensors(empty).items() if ".memory." in name
-            }
+            ours = {name: t.shape for name, t in memory_file.named_tensors(empty).items() if ".memory." in name}
             theirs = {name: t.shape for name, t in session.named_tensors().items() if ".memory." in name}
             if ours != theirs:
                 raise ValueError(
@@ -100,7 +106,7 @@ class SessionMixin:
                 )
         self.session = session
 
-    def flush(self: SenriForCausalLM) -> None:  # type: ignore[misc]
+    def flush(self) -> None:
         """End a text: write what the window still holds and empty the window, so the memory holds all of it once.
 
         Raises:
@@ -111,7 +117,7 @@ class SessionMixin:
 
     @torch.no_grad()
     def read(
-        self: SenriForCausalLM,  # type: ignore[misc]
+        self,
         source: str | Tensor | list[int] | Iterable[str] | Iterable[list[int]],
         tokenizer: Any = None,
         *,
@@ -154,7 +160,7 @@ class SessionMixin:
             raise ValueError("there is nothing to read: the text is empty")
         return now
 
-    def save_memory(self: SenriForCausalLM, path: str | Path, tokenizer: Any = None, **notes: Any) -> None:  # type: ignore[misc]
+    def save_memory(self, path: str | Path, tokenizer: Any = None, **notes: Any) -> None:
         """Save the session to one file, atomically; call ``flush()`` first at the end of a text.
 
         Args:
@@ -167,7 +173,7 @@ class SessionMixin:
         """
         memory_file.save(path, self._open_session(), {**self._header(tokenizer), **notes})
 
-    def load_memory(self: SenriForCausalLM, path: str | Path, tokenizer: Any = None) -> dict[str, Any]:  # type: ignore[misc]
+    def load_memory(self, path: str | Path, tokenizer: Any = None) -> dict[str, Any]:
         """Open a session from a saved memory and return its header.
 
         Raises:
@@ -176,19 +182,15 @@ class SessionMixin:
         """
         rows = memory_file.read_header(path).get("batch_size", 1)
         session = self.model.new_cache()
-        header = memory_file.load(
-            path, session, self.model.empty_state(rows, self.dtype), self._header(tokenizer)
-        )
+        header = memory_file.load(path, session, self.model.empty_state(rows, self.dtype), self._header(tokenizer))
         self.session = session
         return header
 
-    def _header(self: SenriForCausalLM, tokenizer: Any) -> dict[str, Any]:  # type: ignore[misc]
+    def _header(self, tokenizer: Any) -> dict[str, Any]:
         return {
             **memory_file.expected_header(self.config),
             "model_fingerprint": memory_file.model_fingerprint(self.model),
-            "tokenizer_fingerprint": None
-            if tokenizer is None
-            else memory_file.tokenizer_fingerprint(tokenizer),
+            "tokenizer_fingerprint": None if tokenizer is None else memory_file.tokenizer_fingerprint(tokenizer),
         }
 
     def _open_session(self) -> SenriCache:

@@ -105,9 +105,11 @@ class MemoryAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Start values: identity-like projections, a branch that adds nothing, gates that can move."""
         for linear in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.eye_(linear.weight) if linear.in_features == linear.out_features else nn.init.orthogonal_(
-                linear.weight
-            )
+            if linear.in_features == linear.out_features:
+                nn.init.eye_(linear.weight)
+            else:  # in float32: QR knows no half precision
+                start = torch.empty(linear.weight.shape, device=linear.weight.device, dtype=torch.float32)
+                linear.weight.copy_(nn.init.orthogonal_(start))
             nn.init.zeros_(linear.bias)
         if self.taps > 1:
             for name, conv in self.named_parameters():

@@ -5,12 +5,14 @@ It shares no arithmetic with the fast path: the formulas of SPEC section 2 are w
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
 from senri.memory.rules import RULES
-from senri.memory.state import MemoryState, Pending
+from senri.memory.state import MemoryState, Pending, map_tensors
 
 
 def scan(
@@ -44,7 +46,7 @@ def scan(
     spans = [(row, 0, steps) for row in range(batch)]
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        spans = [(0, a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        spans = [(0, a, b) for a, b in pairwise(ends)]
     if state is None:
         width = feature_dim(name, key_dim)
         state = MemoryState.zeros(len(spans), heads, v.shape[-1], width, rule=rule, dtype=torch.float64)
@@ -62,25 +64,21 @@ def scan(
 
 
 def _row(state: MemoryState, row: int) -> MemoryState:
-    pending = state.pending
-    picked = [None if x is None else x[row] for x in state[:5]]
-    if pending is not None:
-        pending = Pending(*(None if x is None else x[row] for x in pending))  # type: ignore[arg-type]
-    return MemoryState(*picked, pending)  # type: ignore[arg-type]
+    return map_tensors(lambda t: t[row], state)
 
 
 def _stack(states: list[MemoryState], delay: int, has_gates: tuple[bool, bool]) -> MemoryState:
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.stack(tensors)  # type: ignore[arg-type]
 
-    fields = [stack([s[i] for s in states]) for i in range(5)]
+    M, z, M_segment, z_segment, written = (stack([s[i] for s in states]) for i in range(5))  # type: ignore[misc]
     pending = None
     if delay:
         lines = [stack([s.pending[i] for s in states]) for i in range(5)]  # type: ignore[index]
         lines[2] = lines[2] if has_gates[0] else None
         lines[3] = lines[3] if has_gates[1] else None
         pending = Pending(*lines)  # type: ignore[arg-type]
-    return MemoryState(*fields, pending)  # type: ignore[arg-type]
+    return MemoryState(M, z, M_segment, z_segment, written, pending)  # type: ignore[arg-type]
 
 
 def _scan_row(
@@ -182,11 +180,5 @@ class _Memory:
             parts = [getattr(m, name) for m in memories]
             return None if parts[0] is None else torch.stack(parts)
 
-        return MemoryState(
-            stack("M"),
-            stack("z"),
-            stack("M_segment"),
-            stack("z_segment"),
-            written,
-            pending,  # type: ignore[arg-type]
-        )
+        M, z = stack("M"), stack("z")
+        return MemoryState(M, z, stack("M_segment"), stack("z_segment"), written, pending)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,17 +73,14 @@ def scan(
     documents = None
     if cu_seqlens is not None:  # one row a document, right-padded; packed again below
         index, documents = unpack_index(cu_seqlens)
-        q, k, v, beta, log_alpha, mask = (
-            None if x is None else x[0][index] for x in (q, k, v, beta, log_alpha, mask)
-        )
+        q, k, v = q[0][index], k[0][index], v[0][index]
+        beta, log_alpha, mask = (None if x is None else x[0][index] for x in (beta, log_alpha, mask))
         mask = documents if mask is None else mask.bool() & documents
     batch_size, steps, num_heads, key_dim = k.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state is None:
         width = feature_dim(feature_map or RULES[rule].feature_map, key_dim)
-        state = MemoryState.zeros(
-            batch_size, num_heads, v.shape[-1], width, rule=rule, dtype=dtype, device=q.device
-        )
+        state = MemoryState.zeros(batch_size, num_heads, v.shape[-1], width, rule=rule, dtype=dtype, device=q.device)
     valid = torch.ones(batch_size, steps, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
     stream, pending = Pending(k, v, beta, log_alpha, valid), None
     if delay:
@@ -122,9 +121,7 @@ def _check(
         raise ValueError("cu_seqlens needs one packed row (B = 1) and must end at its number of tokens")
 
 
-def _delay(
-    queue: Pending | None, new: Pending, delay: int, documents: Tensor | None
-) -> tuple[Pending, Pending]:
+def _delay(queue: Pending | None, new: Pending, delay: int, documents: Tensor | None) -> tuple[Pending, Pending]:
     """The pairs that leave at each step, and those still pending; ``documents`` ``[B, T]`` marks each row's length."""
     leaving: list[Tensor | None] = []
     kept: list[Tensor | None] = []
@@ -162,13 +159,13 @@ def _scan(
 ) -> tuple[Tensor, MemoryState]:
     """Walk the chunks of one call; all tensors heads first from here on."""
     kind = RULES[rule]
-    steps, num_heads = q.shape[1], stream.k.shape[2]
+    steps = q.shape[1]
     whole = _prepare(q, stream, kind.normalised, feature_map or kind.feature_map, dtype)
     M, z, M_segment, z_segment = state.M, state.z, state.M_segment, state.z_segment
     begins = _segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
     cuts = sorted({*range(0, steps, chunk_size), *begins, steps})
     outputs = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         part = slice(start, stop)
         chunk = Chunk(
             whole.q[:, :, :, part],
@@ -177,7 +174,7 @@ def _scan(
             whole.beta[:, :, part],
             None if whole.log_alpha is None else whole.log_alpha[:, :, part],
         )
-        if start in begins:
+        if start in begins and z is not None and M_segment is not None and z_segment is not None:
             rows = begins[start][:, None, None]
             M_segment = torch.where(rows[..., None], M, M_segment)
             z_segment = torch.where(rows, z, z_segment)
@@ -191,7 +188,6 @@ def _scan(
         return q.new_zeros(*q.shape[:3], stream.v.shape[-1]), state._replace(written=written)
     out = torch.cat(outputs, dim=3)  # [B, H, G, T, Dv]
     out = out.permute(0, 3, 1, 2, 4).reshape(q.shape[0], steps, q.shape[2], -1)
-    assert out.shape[2] % num_heads == 0
     return out, MemoryState(M, z, M_segment, z_segment, written)
 
 

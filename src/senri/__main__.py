@@ -1,0 +1,5 @@
+"""``python -m senri`` is the ``senri`` command."""
+
+from senri.cli import main
+
+main()

@@ -1,0 +1,69 @@
+"""``senri chat``: a conversation that goes on from a memory and becomes part of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from senri.cli.common import ReadingDisplay, console, estimate_tokens, open_session, stream_answer, warn
+
+if TYPE_CHECKING:
+    from senri.session import Session
+
+NAME = "chat"
+HELP = "/read TEXT  read a file   /save FILE.senri  save the memory   /memory  its size   /quit  leave"
+
+
+def command(
+    memory: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE.senri]", help="A saved memory to start from; it is not changed."),
+    ] = None,
+) -> None:
+    """Talk with the model; what is said and read becomes part of its memory."""
+    from senri.hf.memory_file import read_header
+
+    if memory is not None:
+        read_header(memory)
+    session = open_session()
+    if memory is not None:
+        header = session.load(memory)
+        console.print(f"{memory}: {header['tokens_read'][0]:,} tokens read")
+    else:
+        session.model.reset_memory()
+    console.print(HELP)
+    while True:
+        try:
+            line = console.input("> ").strip()
+        except EOFError:
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line:
+            _turn(session, line)
+
+
+def _turn(session: Session, line: str) -> None:
+    """One input; a mistake in it does not end the conversation."""
+    name, _, rest = line.partition(" ")
+    try:
+        if name == "/read":
+            display = ReadingDisplay(estimate_tokens(Path(rest)))
+            display.finish(session.read_file(rest, display))
+        elif name == "/save":
+            session.save(Path(rest))
+            console.print(f"saved {rest}")
+        elif name == "/memory":
+            state = session.state
+            console.print(
+                f"{state.tokens_read[0]:,} tokens read; state {state.nbytes / 1e6:.2f} MB, of it memory "
+                f"{state.memory_nbytes / 1e6:.2f} MB"
+            )
+        elif name.startswith("/"):
+            console.print(HELP)
+        else:
+            session.say(line, stream_answer(session))
+    except (ValueError, RuntimeError, OSError) as error:
+        warn(str(error))

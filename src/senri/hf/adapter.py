@@ -1,0 +1,92 @@
+"""Adapters: the added weights alone, in one small safetensors file that goes onto the unchanged base model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from senri.hf.convert import convert_to_senri
+from senri.hf.memory_file import write_atomically
+from senri.hf.modeling_senri import SenriForCausalLM
+
+# What an adapter's weights depend on; the rest of the configuration is the base's.
+CONFIG_FIELDS = (
+    "sliding_window_size",
+    "chunk_size",
+    "segment_size",
+    "num_memory_layers",
+    "first_memory_layer",
+    "memory_layer_interval",
+    "memory_num_heads",
+    "memory_num_key_value_heads",
+    "memory_head_dim",
+    "update_rule",
+    "feature_map",
+    "store",
+    "memory_readout",
+    "memory_gate",
+    "memory_conv_size",
+    "write_gate",
+)
+
+
+def adapter_weights(model: SenriForCausalLM) -> dict[str, Tensor]:
+    """The parameters that conversion added, by name."""
+    return {name: p for name, p in model.named_parameters() if ".memory." in name}
+
+
+def save_adapter(model: SenriForCausalLM, path: str | Path, **notes: Any) -> None:
+    """Write the added weights (bfloat16) with the configuration they need; ``notes`` are JSON values kept beside it.
+
+    Raises:
+        MemoryFileError: the file cannot be written; nothing is left behind.
+    """
+    header = {"config": {name: getattr(model.config, name) for name in CONFIG_FIELDS}, "notes": notes}
+    tensors = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in adapter_weights(model).items()}
+    write_atomically(Path(path), serialize(tensors, metadata={"senri_adapter": json.dumps(header)}))
+
+
+def read_adapter_header(path: str | Path) -> dict[str, Any]:
+    """``config`` and ``notes`` of an adapter file.
+
+    Raises:
+        ValueError: missing, truncated, or no adapter.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such adapter file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no adapter, or truncated or corrupt ({error})") from None
+    if "senri_adapter" not in metadata:
+        raise ValueError(f"{path} is a safetensors file but no Senri adapter")
+    return json.loads(metadata["senri_adapter"])
+
+
+@torch.no_grad()
+def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriForCausalLM:
+    """Convert ``base`` (as for ``convert_to_senri``) with the adapter's configuration and put its weights on.
+
+    Args:
+        config_overrides: fields of the configuration that change no weight's shape, e.g. ``sliding_window_size``.
+
+    Raises:
+        ValueError: no adapter file, or one for another base model.
+    """
+    config = read_adapter_header(path)["config"]
+    model = convert_to_senri(base, **{**config, **config_overrides})
+    ours = adapter_weights(model)
+    with safe_open(path, framework="pt") as file:
+        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if {n: t.shape for n, t in theirs.items()} != {n: p.shape for n, p in ours.items()}:
+        raise ValueError(f"{path} is an adapter for another base model or configuration: its weights do not fit")
+    for name, parameter in ours.items():
+        parameter.copy_(theirs[name])
+    return model

@@ -1,0 +1,187 @@
+"""Calibration: set the memory's projections from real text, without one gradient step.
+
+The inputs of a memory layer share a large common component, so raw keys hardly tell tokens apart. Centring and
+whitening them on some text makes keys near-orthogonal, which is what an associative memory needs (docs/calibration.md
+has the measurements).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from senri.data import iter_pieces, iter_tokens
+from senri.hf.modeling_senri import SenriForCausalLM
+from senri.layers import MemoryAttention
+
+RIDGE = 1e-3  # of the mean variance, added to every direction: keeps unseen directions from being blown up
+BOOSTS = (
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+    6.0,
+    8.0,
+    12.0,
+)  # read gates tried: what a perfect recall adds to its token's logit, in nats
+
+
+class CalibrationReport(NamedTuple):
+    """What calibration set and what it saw."""
+
+    tokens: int  # used for the statistics
+    read_gate: dict[int, float]  # memory layer -> chosen gate (head read-out only)
+    loss_without: float  # nats a token on text that comes twice, memory silent
+    loss_with: float  # the same under the chosen gates
+
+
+@torch.no_grad()
+def calibrate(
+    model: SenriForCausalLM,
+    texts: str | list[int] | Tensor | Iterable[str],
+    tokenizer: Any = None,
+    *,
+    num_tokens: int = 16384,
+    repeat_tokens: int | None = None,
+) -> CalibrationReport:
+    """Set the memory layers' projections from ``texts``.
+
+    Keys and queries: one whitening map for both (so that equal states match), from the mean and covariance of the
+    layer's inputs. Values of the ``head`` read-out: token embeddings, centred. Its read gate: the one of a few that
+    predicts best on text of which half is new and half is repeated from beyond the window. The ``layer`` read-out
+    keeps its zero-init output: it needs training to speak.
+
+    Args:
+        texts: real text (with ``tokenizer``) or token ids; not the text that will be read.
+        num_tokens: for the statistics.
+        repeat_tokens: length of the passage that is read twice to choose the read gate; by default
+            1024 beyond the window: a memory that is fuller than it can hold, as it is while a book is read.
+
+    Raises:
+        ValueError: too little text, or memory heads wider than the hidden size.
+    """
+    if not model.config.num_memory_layers:
+        raise ValueError("num_memory_layers is 0: there is no memory to calibrate")
+    if repeat_tokens is None:
+        repeat_tokens = model.config.sliding_window_size + 1024
+    ids = _token_ids(texts, tokenizer, num_tokens + repeat_tokens)
+    hidden_size = model.config.hidden_size
+    if ids.numel() < 4 * hidden_size:
+        raise ValueError(f"calibration needs at least {4 * hidden_size} tokens of text, not {ids.numel()}")
+    passage = min(repeat_tokens, ids.numel() // 4)
+    statistics, repeated = ids[:-passage], ids[-passage:]
+    training = model.training
+    model.eval()
+    inputs = _layer_inputs(model, statistics)
+    embeddings = F.embedding(statistics.to(model.device), model.model.embed_tokens.weight).double()
+    for index, hidden in inputs.items():
+        memory = model.model.memories[index]
+        _whiten(memory, hidden)
+        if memory.readout == "head":
+            memory.v_proj.bias.copy_(-memory.v_proj.weight.double() @ embeddings.mean(0))
+    gates: dict[int, float] = {}
+    loss_without, loss_with = float("nan"), float("nan")
+    if model.config.memory_readout == "head":
+        gates, loss_without, loss_with = _choose_read_gates(model, repeated)
+    model.train(training)
+    return CalibrationReport(statistics.numel(), gates, loss_without, loss_with)
+
+
+def _token_ids(texts: Any, tokenizer: Any, limit: int) -> Tensor:
+    if isinstance(texts, Tensor):
+        return texts.flatten()[:limit]
+    if isinstance(texts, list) and texts and isinstance(texts[0], int):
+        return torch.tensor(texts[:limit])
+    if tokenizer is None:
+        raise ValueError("calibrating on text needs its tokenizer: calibrate(model, texts, tokenizer)")
+    blocks = [texts] if isinstance(texts, str) else texts
+    return torch.tensor(next(iter_pieces(iter_tokens(blocks, tokenizer), limit), []))
+
+
+def _layer_inputs(model: SenriForCausalLM, ids: Tensor) -> dict[int, Tensor]:
+    """Normalised inputs ``[tokens, hidden]`` of every memory layer while ``ids`` is read, memories silent."""
+    seen: dict[int, list[Tensor]] = {index: [] for index in model.config.memory_layers}
+    hooks = [
+        cast(nn.Module, model.model.layers[index].input_layernorm).register_forward_hook(
+            lambda _module, _args, output, index=index: seen[index].append(output[0].double())
+        )
+        for index in seen
+    ]
+    try:
+        model.model(ids[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {index: torch.cat(parts) for index, parts in seen.items()}
+
+
+def _whiten(memory: MemoryAttention, hidden: Tensor) -> None:
+    """q_proj = k_proj = the whitening map of ``hidden`` ``[tokens, hidden]``, spread evenly over the heads."""
+    width = memory.num_key_value_heads * memory.head_dim
+    if width > hidden.shape[1]:
+        raise ValueError(f"memory heads of {width} together are wider than the hidden size {hidden.shape[1]}")
+    mean = hidden.mean(0)
+    covariance = (hidden - mean).mT @ (hidden - mean) / len(hidden)
+    variance, directions = torch.linalg.eigh(covariance)
+    variance, directions = variance.flip(0), directions.flip(1)  # largest first
+    scale = (variance + RIDGE * variance.mean()).rsqrt()
+    rows = (directions * scale).mT[:width]
+    # every head gets directions of all sizes, not one head the largest ones
+    rows = rows.unflatten(0, (memory.head_dim, memory.num_key_value_heads)).transpose(0, 1)  # [H, D, hidden]
+    groups = memory.num_heads // memory.num_key_value_heads
+    for linear, weight in (
+        (memory.k_proj, rows.flatten(0, 1)),
+        (memory.q_proj, rows.repeat_interleave(groups, 0).flatten(0, 1)),
+    ):
+        linear.weight.copy_(weight)
+        linear.bias.copy_(-weight @ mean)
+
+
+def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, float], float, float]:
+    """Read ``ids`` twice in a row and take, layer by layer, the gate with the least loss over both readings."""
+    twice = torch.cat([ids, ids]).to(model.device)
+    target = twice[1:]
+    memories = model.model.memories
+    reads: dict[int, list[Tensor]] = {}
+    for memory in memories.values():
+        memory.read_gate.weight.zero_()
+        memory.read_gate.bias.zero_()
+    trunk = model.model(twice[None], use_cache=False).last_hidden_state[0, :-1]
+    hooks = [
+        memory.register_forward_hook(
+            lambda _module, _args, output, index=index: reads.setdefault(index, []).append(output[0][0])
+        )
+        for index, memory in memories.items()
+    ]
+    for memory in memories.values():
+        memory.read_gate.bias.fill_(1.0)
+    try:
+        model.model(twice[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chosen: dict[int, float] = {}
+    loss_without = best = _loss(model, trunk, target)
+    for index, memory in memories.items():
+        read = torch.cat(reads[index])[:-1]
+        chosen[index] = 0.0
+        for boost in BOOSTS:
+            gate = boost / float(model.lm_head.weight.float().norm(dim=-1).mean())
+            loss = _loss(model, trunk + gate * read, target)
+            if loss < best:
+                best, chosen[index] = loss, gate
+        trunk = trunk + chosen[index] * read
+        memory.read_gate.bias.fill_(chosen[index])
+    return chosen, loss_without, best
+
+
+def _loss(model: SenriForCausalLM, hidden: Tensor, target: Tensor, block: int = 512) -> float:
+    """Mean negative log likelihood of ``target``, in blocks of tokens."""
+    total = 0.0
+    for h, t in zip(hidden.split(block), target.split(block), strict=True):
+        total += float(F.cross_entropy(model.lm_head(h).float(), t, reduction="sum"))
+    return total / len(target)

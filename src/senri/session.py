@@ -1,0 +1,257 @@
+"""A model and its tokenizer with one running memory: files in, answers out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from senri.data import TextError, iter_pieces, iter_text, iter_tokens
+from senri.hf.cache import SenriCache
+from senri.hf.memory_file import MemoryFileError, read_header
+from senri.hf.modeling_senri import SenriForCausalLM
+from senri.hf.session_mixin import ReadProgress
+from senri.memory.state import map_tensors
+
+
+class ReadingStopped(Exception):
+    """A reading ended early; what was read is in the session, unflushed, ready to be saved and resumed."""
+
+    def __init__(self, reason: str, tokens: int) -> None:
+        super().__init__(reason)
+        self.reason, self.tokens = reason, tokens
+
+
+class Session:
+    """Read, ask, chat, save, load.
+
+    Args:
+        model: in ``eval()``.
+        tokenizer: the model's.
+        piece_size: tokens of one pass while reading.
+        generation: arguments of ``generate`` for answers, e.g. ``max_new_tokens``.
+    """
+
+    def __init__(
+        self,
+        model: SenriForCausalLM,
+        tokenizer: Any,
+        *,
+        piece_size: int = 1024,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.piece_size = piece_size
+        self.generation = {"max_new_tokens": 64, "do_sample": False, **(generation or {})}
+        self.notes: dict[str, Any] = {}
+        self._unfed: Tensor | None = None  # [1, 0 or 1]: the last answer's token that the memory has not seen
+
+    @property
+    def state(self) -> SenriCache:
+        """The running state."""
+        return self.model._open_session()
+
+    # reading --------------------------------------------------------------------------------------------------
+
+    def read_file(
+        self,
+        path: str | Path,
+        progress: Callable[[ReadProgress], None] | None = None,
+        *,
+        limit: int | None = None,
+    ) -> ReadProgress:
+        """Read a UTF-8 file (``-``: standard input) to its end and flush; goes on where a stopped reading was resumed.
+
+        Args:
+            limit: stop after this many tokens.
+
+        Raises:
+            TextError: nothing of the file could be read.
+            ReadingStopped: Ctrl-C, or a fault in the middle of the file.
+        """
+        return self.read_tokens(iter_tokens(iter_text(path), self.tokenizer), str(path), progress, limit=limit)
+
+    def read_tokens(
+        self,
+        tokens: Iterator[list[int]],
+        source: str,
+        progress: Callable[[ReadProgress], None] | None = None,
+        *,
+        limit: int | None = None,
+    ) -> ReadProgress:
+        """As :meth:`read_file`, from a stream of token ids; ``source`` names it in messages and in the saved file."""
+        digest = hashlib.sha256()
+        done = self.notes.get("read_tokens", 0) if not self.notes.get("complete", True) else 0
+        expected = self.notes.get("read_digest")
+        current: list[list[int]] = []
+
+        def pieces() -> Iterator[list[int]]:
+            seen = 0
+            for piece in iter_pieces(tokens, self.piece_size):
+                piece = piece[: limit - seen] if limit is not None else piece
+                if seen < done:
+                    known, piece = piece[: done - seen], piece[done - seen :]
+                    _update(digest, known)
+                    seen += len(known)
+                    if seen == done and digest.hexdigest() != expected:
+                        raise TextError(f"{source} is not the text whose reading was stopped: name that one")
+                seen += len(piece)
+                if piece:
+                    current[:] = [piece]
+                    yield piece
+                if limit is not None and seen >= limit:
+                    return
+
+        last = ReadProgress(0, None, 0.0, 0)
+
+        def after_piece(now: ReadProgress) -> None:
+            nonlocal last
+            last = now
+            _update(digest, current[0])
+            self._note(source, done + now.tokens, digest, complete=False)
+            if progress is not None:
+                progress(now)
+
+        try:
+            self.model.read(pieces(), piece_size=self.piece_size, progress=after_piece)
+        except (KeyboardInterrupt, TextError) as error:
+            if not last.tokens:
+                raise
+            raise ReadingStopped(str(error) or "interrupted", done + last.tokens) from None
+        self.model.flush()
+        self._note(source, done + last.tokens, digest, complete=True)
+        return last
+
+    def _note(self, source: str, tokens: int, digest: Any, *, complete: bool) -> None:
+        self.notes = {
+            "source": Path(source).name,
+            "read_tokens": tokens,
+            "read_digest": digest.hexdigest(),
+            "complete": complete,
+        }
+
+    # answering ------------------------------------------------------------------------------------------------
+
+    def ask(self, question: str, streamer: Any = None) -> str:
+        """Answer from the memory and leave it as it was.
+
+        Raises:
+            ValueError: an empty question, or one longer than the window.
+        """
+        unfed = self._unfed
+        answer = self._generate(self.prompt(question), self.state.fork(), streamer)
+        self._unfed = unfed
+        return answer
+
+    def say(self, message: str, streamer: Any = None) -> str:
+        """One turn of a conversation: the message and the answer become part of the memory.
+
+        Raises:
+            ValueError: an empty message, or one longer than the window.
+        """
+        prompt = self.prompt(message, first=self._unfed is None)
+        if self._unfed is not None:  # generate() never feeds its last token back
+            prompt = torch.cat([self._unfed, prompt], dim=1)
+        if self.model.session is None:
+            self.model.reset_memory()
+        return self._generate(prompt, self.state, streamer)
+
+    def prompt(self, message: str, *, first: bool = True) -> Tensor:
+        """Token ids ``[1, T]`` of a message in the model's chat format, up to where the answer begins.
+
+        Args:
+            first: False goes on after an answer of the same conversation.
+        """
+        if not message.strip():
+            raise ValueError("the question is empty: ask something")
+        turns = [{"role": "user", "content": message}]
+        if not self.tokenizer.chat_template:
+            text = f"Question: {message}\nAnswer:" if first else f"\n\nQuestion: {message}\nAnswer:"
+        elif first:
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        else:
+            marker = "\x00"  # stands for the answer before: what follows it opens the next turn
+            turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": marker}, *turns]
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            text = text.rpartition(marker)[2]
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        window = self.model.config.sliding_window_size
+        if ids.shape[1] > window:
+            raise ValueError(
+                f"the question has {ids.shape[1]} tokens, more than the window of {window}: shorten it, or put the long "
+                "part into a file and read it with: senri read"
+            )
+        return ids.to(self.model.device)
+
+    def _generate(self, prompt: Tensor, cache: SenriCache, streamer: Any) -> str:
+        cache.offset = cache.columns  # generate() counts the prompt alone
+        out = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=cache,
+            streamer=streamer,
+            **self.generation,
+        )
+        answer = out[0, prompt.shape[1] :]
+        ended = int(answer[-1]) == self.tokenizer.eos_token_id
+        self._unfed = out[:, out.shape[1] :] if ended else out[:, -1:]  # the next turn's format brings the end token
+        return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    # what the memory holds --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def passage_recall(self, passage: Tensor, *, memory: bool, skip: int = 16) -> float:
+        """Share of a passage's tokens ``[T]`` that the model predicts (top-1) when it comes again, in [0, 1].
+
+        The first ``skip`` tokens are not scored: nothing tells yet which passage it is. With ``memory=False`` the
+        same reading with an emptied memory, the control.
+        """
+        fork = self.state.fork()
+        if not memory and fork.state is not None:
+            layers = tuple(layer._replace(memory=_emptied(layer.memory)) for layer in fork.state.layers)
+            fork.state = fork.state._replace(layers=layers)
+        logits = self.model(passage[None].to(self.model.device), past_key_values=fork).logits[0]
+        hits = logits[skip - 1 : -1].argmax(-1).cpu() == passage[skip:]
+        return float(hits.float().mean())
+
+    # files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to ``path``, atomically.
+
+        Raises:
+            MemoryFileError: the file cannot be written.
+        """
+        self.model.save_memory(path, self.tokenizer, **self.notes)
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Open a saved memory; returns its header.
+
+        Raises:
+            MemoryFileError: it cannot be used with this model, naming why.
+        """
+        header = self.model.load_memory(path, self.tokenizer)
+        self.notes = {k: header[k] for k in ("source", "read_tokens", "read_digest", "complete") if k in header}
+        return header
+
+    def resume(self, path: str | Path) -> None:
+        """Open the memory of a reading that was stopped, so that the next ``read_file`` goes on from there.
+
+        Raises:
+            MemoryFileError: it cannot be used with this model, or the reading was complete.
+        """
+        if read_header(path).get("complete", True):
+            raise MemoryFileError(f"{path} holds a finished reading: there is nothing to resume")
+        self.load(path)
+
+
+def _emptied(memory: Any) -> Any:
+    return map_tensors(torch.zeros_like, memory)
+
+
+def _update(digest: Any, ids: list[int]) -> None:
+    digest.update(torch.tensor(ids, dtype=torch.int32).numpy().tobytes())

@@ -1,0 +1,143 @@
+"""Invariants 4 and 9: padding is never written, a row's result is that of the row alone, packed documents never meet."""
+
+import pytest
+import torch
+
+from senri.memory import RULES
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+LENGTHS = [30, 11, 4]
+CASES = [
+    {"update_rule": rule, "memory_readout": readout, "write_gate": gate, "memory_conv_size": conv}
+    for rule in RULES
+    for readout, gate, conv in [("layer", "hidden", 3), ("head", "surprise", 3), ("layer", "surprise", 0)]
+]
+CASES.append({"memory_gate": "infini", "memory_head_dim": 8, "memory_conv_size": 3})
+
+
+def left_padded(rows, pad=0):
+    """Rows of ids -> ids and mask ``[B, longest]``."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :] = row
+    mask = torch.arange(longest)[None] >= torch.tensor([[longest - len(row)] for row in rows])
+    return ids, mask.long()
+
+
+def rows_of(tokens):
+    return [tokens(1, n, seed=n)[0] for n in LENGTHS]
+
+
+def assert_row_states_equal(cache, row, alone):
+    """Everything but the window's padded columns (their keys are garbage that no query sees)."""
+    for mine, its in zip(cache.state.layers, alone.state.layers, strict=True):
+        length = min(its.keys.shape[2], mine.keys.shape[2])
+        torch.testing.assert_close(mine.keys[row, :, -length:], its.keys[0, :, -length:], **EXACT)
+        if mine.memory is None:
+            continue
+        for field, tensor in mine.memory.memory._asdict().items():
+            if tensor is not None:
+                torch.testing.assert_close(tensor[row], getattr(its.memory.memory, field)[0], **EXACT)
+    assert cache.tokens_read[row] == alone.tokens_read[0]
+    assert cache.state.valid[row].sum() == alone.state.valid[0].sum()
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+@torch.no_grad()
+def test_a_padded_row_is_the_row_alone(make_senri, tokens, options):
+    model, rows = make_senri(**options), rows_of(tokens)
+    ids, mask = left_padded(rows)
+    more = tokens(3, 12, seed=9)
+    batch = model(ids, attention_mask=mask)
+    # mid-stream, as generate() calls it: the mask of all columns so far, then none at all
+    longer = torch.cat([mask, torch.ones(3, 5, dtype=mask.dtype)], 1)
+    second = model(more[:, :5], attention_mask=longer, past_key_values=batch.past_key_values)
+    third = model(more[:, 5:], past_key_values=batch.past_key_values)
+    for i, row in enumerate(rows):
+        alone = model(row[None])
+        torch.testing.assert_close(batch.logits[i, -len(row) :], alone.logits[0], **EXACT)
+        rest = model(more[i : i + 1], past_key_values=alone.past_key_values).logits[0]
+        torch.testing.assert_close(torch.cat([second.logits[i], third.logits[i]]), rest, **EXACT)
+        assert_row_states_equal(batch.past_key_values, i, alone.past_key_values)
+    written = batch.past_key_values.state.layers[1].memory.memory.written
+    assert written.tolist() == [n + 12 - 7 for n in LENGTHS]
+
+
+@pytest.mark.parametrize("readout", ["layer", "head"])
+@torch.no_grad()
+def test_what_stands_in_the_padding_does_not_matter(make_senri, tokens, readout):
+    model = make_senri(memory_readout=readout, write_gate="surprise", memory_conv_size=3)
+    ids, mask = left_padded(rows_of(tokens))
+    other, _ = left_padded(rows_of(tokens), pad=55)
+    outputs = [model(x, attention_mask=mask) for x in (ids, other)]
+    for i, length in enumerate(LENGTHS):
+        torch.testing.assert_close(outputs[0].logits[i, -length:], outputs[1].logits[i, -length:], **EXACT)
+    for field in ("M", "z"):
+        states = [getattr(o.past_key_values.state.layers[2].memory.memory, field) for o in outputs]
+        torch.testing.assert_close(*states, **EXACT)
+
+
+@torch.no_grad()
+def test_only_padding_writes_nothing(make_senri, tokens):
+    model = make_senri()
+    cache = model(tokens(2, 20), attention_mask=torch.zeros(2, 20)).past_key_values
+    memory = cache.state.layers[1].memory.memory
+    assert memory.written.tolist() == [0, 0]
+    assert not memory.M.any()
+    assert cache.tokens_read == [0, 0]
+    ids = tokens(2, 15, seed=4)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **EXACT)
+
+
+@torch.no_grad()
+def test_right_padding_leaves_the_real_tokens_alone(make_senri, tokens):
+    model, ids = make_senri(memory_conv_size=3), tokens(2, 20)
+    mask = torch.ones(2, 20)
+    mask[0, 13:] = 0
+    out = model(ids, attention_mask=mask)
+    torch.testing.assert_close(out.logits[:1, :13], model(ids[:1, :13]).logits, **EXACT)
+    torch.testing.assert_close(out.logits[1:], model(ids[1:]).logits, **EXACT)
+
+
+@pytest.mark.parametrize("options", CASES, ids=lambda o: "-".join(map(str, o.values())))
+@torch.no_grad()
+def test_packed_documents_are_the_documents_alone(make_senri, tokens, options):
+    model = make_senri(**options)
+    lengths = [[12, 9, 4], [3, 22]]
+    ids = tokens(2, 25)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    logits = model(ids, position_ids=positions).logits
+    for i, row in enumerate(lengths):
+        start = 0
+        for length in row:
+            alone = model(ids[i : i + 1, start : start + length]).logits[0]
+            torch.testing.assert_close(logits[i, start : start + length], alone, **EXACT)
+            start += length
+    assert (logits - model(ids).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_positions_that_only_count_up_pack_nothing(make_senri, tokens):
+    model, ids = make_senri(), tokens(2, 20)
+    positions = torch.arange(20).expand(2, 20)
+    out = model(ids, position_ids=positions)
+    assert torch.equal(out.logits, model(ids).logits)
+    assert out.past_key_values.tokens_read == [20, 20]
+
+
+@torch.no_grad()
+def test_real_weights(make_real, real_ids):
+    model = make_real(random=True, memory_readout="head", update_rule="delta_token", write_gate="surprise")
+    for layer in model.config.memory_layers:
+        model.model.layers[layer].memory.read_gate.weight.mul_(0.1)
+    rows = [real_ids(10_000, 70)[0], real_ids(90_000, 45)[0]]
+    ids, mask = left_padded(rows, pad=2)
+    batch = model(ids, attention_mask=mask)
+    for i, row in enumerate(rows):
+        alone = model(row[None])
+        torch.testing.assert_close(batch.logits[i, -len(row) :], alone.logits[0], rtol=0, atol=2e-3)
+        mine = batch.past_key_values.state.layers[10].memory.memory
+        its = alone.past_key_values.state.layers[10].memory.memory
+        torch.testing.assert_close(mine.M[i], its.M[0], rtol=1e-3, atol=1e-3)
+        assert mine.written[i] == its.written[0] == len(row) - 32

@@ -1,0 +1,196 @@
+"""The session: one memory over many calls, until the caller says otherwise."""
+
+import pytest
+import torch
+
+from senri.memory import RULES
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+CASES = [
+    {"update_rule": rule, "memory_readout": readout, "write_gate": gate, "memory_conv_size": 3}
+    for rule in RULES
+    for readout, gate in [("layer", "hidden"), ("head", "surprise")]
+]
+
+
+def name(options) -> str:
+    return "-".join(map(str, options.values()))
+
+
+def memories(model):
+    return [layer.memory.memory for layer in model.session.state.layers if layer.memory is not None]
+
+
+def assert_states_equal(left, right):
+    left, right = left.named_tensors(), right.named_tensors()
+    assert left.keys() == right.keys()
+    for key, tensor in left.items():
+        torch.testing.assert_close(tensor, right[key], msg=lambda m, key=key: f"{key}: {m}", **EXACT)
+
+
+@torch.no_grad()
+def test_calls_of_a_session_go_on_and_others_do_not(make_senri, tokens):
+    model, ids = make_senri(), tokens(2, 40)
+    whole = model(ids).logits
+    model.reset_memory(2)
+    parts = [model(ids[:, :13]).logits, model(ids[:, 13:14]).logits, model(ids[:, 14:]).logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+    assert model.session.tokens_read == [40, 40]
+    model.reset_memory(2)
+    assert model.session.tokens_read == [0, 0]
+    torch.testing.assert_close(model(ids[:, :13]).logits, whole[:, :13], **EXACT)
+    model.end_session()
+    assert model.session is None
+    torch.testing.assert_close(model(ids[:, :20]).logits, model(ids[:, :20]).logits)
+
+
+@torch.no_grad()
+def test_train_leaves_the_session_alone(make_senri, tokens):
+    model, ids = make_senri(), tokens(1, 20)
+    stateless = model(ids).logits
+    model.read(tokens(1, 20, seed=4))
+    before = model.get_memory_state()
+    model.train()
+    torch.testing.assert_close(model(ids).logits, stateless, **EXACT)
+    assert_states_equal(model.session, before)
+    model.eval()
+    assert (model(ids).logits - stateless).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_generate_goes_on_from_the_session(make_senri, tokens):
+    model, ids, prompt = make_senri(), tokens(1, 40), tokens(1, 9, seed=3)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(torch.cat([ids, prompt], 1), **options)[:, 40:]
+    model.read(ids)
+    kept = model.get_memory_state()
+    assert torch.equal(model.generate(prompt, **options), expected)
+    assert model.session.tokens_read == [40 + 9 + 5]
+    # a second turn: what the first one made is part of the text, but for its last token, which was never read
+    text = torch.cat([ids, expected[:, :-1], prompt], 1)
+    torch.testing.assert_close(model.generate(prompt, **options), model_alone(model, text, options)[:, -15:])
+    # the state kept from before is as it was, and can be gone on from as often as one likes
+    assert kept.tokens_read == [40]
+    assert torch.equal(model.generate(prompt, past_key_values=kept.fork(), **options), expected)
+    assert torch.equal(model.generate(prompt, past_key_values=kept, **options), expected)
+
+
+def model_alone(model, ids, options):
+    session, model.session = model.session, None
+    try:
+        return model.generate(ids, **options)
+    finally:
+        model.session = session
+
+
+@torch.no_grad()
+def test_beams_on_a_copy_of_the_session(make_senri, tokens):
+    model, ids, prompt = make_senri(), tokens(1, 40), tokens(1, 9, seed=3)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    expected = model.generate(torch.cat([ids, prompt], 1), **options)[:, 40:]
+    model.read(ids)
+    with pytest.raises(ValueError, match=r"split the session's memory: call end_session\(\)"):
+        model.generate(prompt, **options)
+    with pytest.raises(ValueError, match="num_return_sequences > 1 would split"):
+        model.generate(prompt, do_sample=True, num_return_sequences=2, max_new_tokens=2)
+    with pytest.raises(ValueError, match="use_cache=False would read the prompt again"):
+        model.generate(prompt, use_cache=False, max_new_tokens=2)
+    state = model.get_memory_state()
+    assert torch.equal(model.generate(prompt, past_key_values=state, **options), expected)
+    assert state.tokens_read == [40], "beams go on from a copy"
+    assert model.session.tokens_read == [40]
+
+
+@torch.no_grad()
+def test_wrong_use_is_refused(make_senri, tokens):
+    model = make_senri()
+    for call in (model.get_memory_state, model.flush, lambda: model.save_memory("x")):
+        with pytest.raises(RuntimeError, match=r"no session is open: call reset_memory\(\), read\(\) or load_memory"):
+            call()
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        model.reset_memory(0)
+    with pytest.raises(ValueError, match=r"the model computes in torch\.float64, not in torch\.float16"):
+        model.reset_memory(dtype=torch.float16)
+    with pytest.raises(ValueError, match="the model is on cpu, not on cuda"):
+        model.reset_memory(device="cuda")
+    model.reset_memory(2, device="cpu", dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"the input has 1 row\(s\) but the running state has 2"):
+        model(tokens(1, 5))
+    with pytest.raises(ValueError, match="other shapes than the model"):
+        model.set_memory_state(make_senri(memory_head_dim=4)(tokens(1, 5)).past_key_values)
+    model.train()
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        model.read(tokens(1, 5))
+
+
+@torch.no_grad()
+def test_a_state_taken_out_is_independent_and_can_be_put_back(make_senri, tokens):
+    model, ids = make_senri(), tokens(1, 50)
+    model.read(ids[:, :25])
+    state = model.get_memory_state()
+    copy = {key: tensor.clone() for key, tensor in state.named_tensors().items()}
+    rest = model(ids[:, 25:]).logits
+    assert all(torch.equal(tensor, copy[key]) for key, tensor in state.named_tensors().items())
+    other = make_senri()
+    other.set_memory_state(state)
+    torch.testing.assert_close(other(ids[:, 25:]).logits, rest, **EXACT)
+    assert state.tokens_read == [25], "the session goes on from a copy"
+
+
+@pytest.mark.parametrize("options", CASES, ids=name)
+@torch.no_grad()
+def test_flush_writes_what_the_window_holds_once(make_senri, tokens, options):
+    """The same writes as by reading on, and nothing of what was read on."""
+    model, ids = make_senri(**options), tokens(2, 33)
+    model.reset_memory(2)
+    model(ids)
+    assert [m.written.tolist() for m in memories(model)] == [[26, 26]] * 2
+    on = model.get_memory_state()
+    model(tokens(2, 7, seed=5), past_key_values=on)
+    model.flush()
+    for flushed, layer in zip(memories(model), [on.state.layers[i].memory.memory for i in (1, 2)], strict=True):
+        assert flushed.written.tolist() == [33, 33]
+        torch.testing.assert_close(flushed.M, layer.M, **EXACT)
+        if flushed.z is not None:
+            torch.testing.assert_close(flushed.z, layer.z, **EXACT)
+    assert model.session.state.layers[0].keys.shape[2] == 0
+    assert not model.session.state.valid.any()
+    before = model.get_memory_state()
+    model.flush()  # nothing is left to write
+    assert_states_equal(model.session, before)
+    model(tokens(2, 10, seed=6))
+    assert [m.written.tolist() for m in memories(model)] == [[36, 36]] * 2
+    model.flush()
+    assert [m.written.tolist() for m in memories(model)] == [[43, 43]] * 2
+    assert model.session.tokens_read == [43, 43]
+
+
+@torch.no_grad()
+def test_a_short_text_is_whole_in_the_memory_after_flush(make_senri, tokens):
+    model = make_senri(memory_readout="head", memory_conv_size=3, update_rule="delta_token")
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    ids[0], ids[1, 2:] = tokens(1, 5)[0], tokens(1, 3)[0]
+    model.reset_memory(2)
+    model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]))
+    assert [m.written.tolist() for m in memories(model)] == [[0, 0]] * 2
+    model.flush()
+    assert [m.written.tolist() for m in memories(model)] == [[5, 3]] * 2
+    alone = model.get_memory_state()
+    model.reset_memory(1)
+    model(ids[1:, 2:])
+    model.flush()
+    torch.testing.assert_close(memories(model)[0].M[0], alone.state.layers[1].memory.memory.M[1], **EXACT)
+    assert not model.session.has_padding
+
+
+@torch.no_grad()
+def test_after_flush_only_the_memory_knows(make_senri, tokens):
+    ids, question = tokens(1, 20), tokens(1, 6, seed=2)
+    for random in (True, False):
+        model = make_senri(random=random)
+        plain = model(question).logits
+        model.read(ids)
+        model.flush()
+        heard = (model(question).logits - plain).abs().max()
+        # rotary phases are relative: without memory nothing of the text is left
+        assert heard > 1e-2 if random else heard < 1e-6
