@@ -81,7 +81,7 @@ def test_overrides_hold_what_is_given_and_nothing_else(folder: Path) -> None:
 
 
 def test_the_senri_mapping_may_be_left_out(folder: Path) -> None:
-    (folder / "model.yaml").write_text("base_model_name: x\ndtype: auto\n")
+    (folder / "model.yaml").write_text("base_model_name: x\nadapter: none\ndtype: auto\n")
     assert ConfigManager(folder).senri_overrides() == {}
 
 
