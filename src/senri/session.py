@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Session:
         self.generation = {"max_new_tokens": 64, "do_sample": False, **(generation or {})}
         self.notes: dict[str, Any] = {}
         self._unfed: Tensor | None = None  # [1, 0 or 1]: the last answer's token that the memory has not seen
+        self._resumed = False  # after resume(): the next reading goes on, whatever its source is called now
 
     @property
     def state(self) -> SenriCache:
@@ -64,13 +66,15 @@ class Session:
         *,
         limit: int | None = None,
     ) -> ReadProgress:
-        """Read a UTF-8 file (``-``: standard input) to its end and flush; goes on where a stopped reading was resumed.
+        """Read a UTF-8 file (``-``: standard input) to its end and flush.
+
+        Goes on where a reading stopped: after :meth:`resume`, or when the same source is read again.
 
         Args:
             limit: stop after this many tokens.
 
         Raises:
-            TextError: nothing of the file could be read.
+            TextError: nothing of the file could be read; or it is not the text whose reading is resumed.
             ReadingStopped: Ctrl-C, or a fault in the middle of the file.
         """
         return self.read_tokens(iter_tokens(iter_text(path), self.tokenizer), str(path), progress, limit=limit)
@@ -85,9 +89,10 @@ class Session:
     ) -> ReadProgress:
         """As :meth:`read_file`, from a stream of token ids; ``source`` names it in messages and in the saved file."""
         digest = hashlib.sha256()
-        done = self.notes.get("read_tokens", 0) if not self.notes.get("complete", True) else 0
-        expected = self.notes.get("read_digest")
-        current: list[list[int]] = []
+        stopped = not self.notes.get("complete", True)
+        goes_on = stopped and (self._resumed or self.notes["source"] == Path(source).name)
+        done, expected = (self.notes["read_tokens"], self.notes["read_digest"]) if goes_on else (0, None)
+        fresh: list[int] = []  # given to the model, not in the digest yet
 
         def pieces() -> Iterator[list[int]]:
             seen = 0
@@ -98,33 +103,53 @@ class Session:
                     _update(digest, known)
                     seen += len(known)
                     if seen == done and digest.hexdigest() != expected:
-                        raise TextError(f"{source} is not the text whose reading was stopped: name that one")
+                        break
                 seen += len(piece)
                 if piece:
-                    current[:] = [piece]
+                    fresh.extend(piece)
                     yield piece
                 if limit is not None and seen >= limit:
                     return
+            else:
+                if seen >= done:
+                    return
+            raise TextError(f"{source} is not the text whose reading was stopped: name that one")
 
-        last = ReadProgress(0, None, 0.0, 0)
+        before = sum(self.model.session.tokens_read) if self.model.session is not None else 0
+        counted = 0
+
+        def account() -> int:
+            """Note what the state holds of this text by now, and return how many tokens this call brought."""
+            nonlocal counted
+            if self.model.session is None or (now := sum(self.state.tokens_read) - before) == counted:
+                return counted
+            _update(digest, fresh[: now - counted])
+            del fresh[: now - counted]
+            counted, self._unfed = now, None  # a conversation before it is over
+            self._note(source, done + counted, digest, complete=False)
+            return counted
 
         def after_piece(now: ReadProgress) -> None:
-            nonlocal last
-            last = now
-            _update(digest, current[0])
-            self._note(source, done + now.tokens, digest, complete=False)
+            account()
             if progress is not None:
                 progress(now)
 
+        last = ReadProgress(0, None, 0.0, 0)
         try:
-            self.model.read(pieces(), piece_size=self.piece_size, progress=after_piece)
-        except (KeyboardInterrupt, TextError) as error:
-            if not last.tokens:
+            stream = pieces()
+            if (first := next(stream, None)) is not None:
+                blocks = itertools.chain([first], stream)
+                last = self.model.read(blocks, piece_size=self.piece_size, progress=after_piece)
+            elif not done:  # else all was read already, and only the end is missing
+                raise TextError(f"{source} is empty: there is nothing to read")
+            self.model.flush()
+        except (KeyboardInterrupt, TextError, OSError) as error:
+            if not account():
                 raise
-            raise ReadingStopped(str(error) or "interrupted", done + last.tokens) from None
-        self.model.flush()
-        self._note(source, done + last.tokens, digest, complete=True)
-        return last
+            raise ReadingStopped(str(error) or "interrupted", done + counted) from None
+        self._note(source, done + counted, digest, complete=True)
+        self._resumed = False
+        return last._replace(state_bytes=self.state.nbytes) if not counted else last
 
     def _note(self, source: str, tokens: int, digest: Any, *, complete: bool) -> None:
         self.notes = {
@@ -177,7 +202,7 @@ class Session:
             marker = "\x00"  # stands for the answer before: what follows it opens the next turn
             turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": marker}, *turns]
             text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            text = text.rpartition(marker)[2]
+            text = text.partition(marker)[2]
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         window = self.model.config.sliding_window_size
         if ids.shape[1] > window:
@@ -236,6 +261,7 @@ class Session:
         """
         header = self.model.load_memory(path, self.tokenizer)
         self.notes = {k: header[k] for k in ("source", "read_tokens", "read_digest", "complete") if k in header}
+        self._unfed, self._resumed = None, False
         return header
 
     def resume(self, path: str | Path) -> None:
@@ -247,6 +273,7 @@ class Session:
         if read_header(path).get("complete", True):
             raise MemoryFileError(f"{path} holds a finished reading: there is nothing to resume")
         self.load(path)
+        self._resumed = True
 
 
 def _emptied(memory: Any) -> Any:

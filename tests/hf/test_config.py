@@ -105,7 +105,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     config = SenriConfig(
         num_hidden_layers=8, sliding_window_size=5, update_rule="gated_delta", first_memory_layer=2,
         memory_layer_interval=3, memory_num_heads=6, memory_num_key_value_heads=2, memory_conv_size=4,
-        write_gate="surprise", memory_readout="head", rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **SMALL,
+        write_gate="surprise", memory_readout="head",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **SMALL,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     for loaded in (SenriConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):

@@ -229,7 +229,7 @@ def test_a_failed_write_leaves_the_older_file_and_nothing_else(saved, tokens, mo
 
 def test_a_place_that_cannot_be_written(saved, tmp_path):
     model, _ = saved
-    with pytest.raises(MemoryFileError, match="cannot write .*No such file or directory"):
+    with pytest.raises(MemoryFileError, match=r"cannot write .*No such file or directory"):
         model.save_memory(tmp_path / "no" / "folder" / "a.senri")
     with pytest.raises(MemoryFileError, match="cannot write"):
         model.save_memory(tmp_path)

@@ -1,4 +1,4 @@
-"""Invariants 4 and 9: padding is never written, a row's result is that of the row alone, packed documents never meet."""
+"""Invariants 4 and 9: padding is never written, a row's result is that of the row alone, documents never meet."""
 
 import pytest
 import torch

@@ -91,6 +91,34 @@ def test_inner_pieces_change_nothing(make_senri, tokens, monkeypatch, piece):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
+@pytest.mark.parametrize("window", [1, 2, 29, 30, 64])
+@torch.no_grad()
+def test_any_window_streams(make_senri, tokens, window):
+    model, ids = make_senri(sliding_window_size=window, update_rule="delta_token"), tokens(2, STEPS)
+    whole, cache = in_pieces(model, ids, [])
+    logits, other = in_pieces(model, ids, [1, 2, 3, 17])
+    torch.testing.assert_close(logits, whole, **EXACT)
+    assert_caches_equal(other, cache, **EXACT)
+    assert cache.state.layers[1].memory.memory.written.tolist() == [max(STEPS - window, 0)] * 2
+    assert cache.state.layers[0].keys.shape[2] == min(window - 1, STEPS)
+
+
+@torch.no_grad()
+def test_no_memory_layer_is_a_window_alone(make_senri, tokens):
+    model, ids = make_senri(num_memory_layers=0, write_gate="surprise"), tokens(1, STEPS)
+    whole, cache = in_pieces(model, ids, [])
+    assert cache.memory_nbytes == 0
+    torch.testing.assert_close(in_pieces(model, ids, [4, 19])[0], whole, **EXACT)
+    model.read(ids)
+    model.flush()
+    assert model.session.tokens_read == [STEPS]
+
+
+def test_an_input_without_tokens_is_refused(make_senri, tokens):
+    with pytest.raises(ValueError, match="the input has no tokens"):
+        make_senri()(tokens(1, 0))
+
+
 @torch.no_grad()
 def test_logits_to_keep_takes_the_last_ones(make_senri, tokens):
     model, ids = make_senri(), tokens(1, 20)

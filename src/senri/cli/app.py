@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 
 import typer
 
 from senri.cli import ask, chat, convert, demo, inspect, read
+from senri.cli.common import warn
 
 app = typer.Typer(
     help="Senri: read text of any length in constant memory, and ask about it.",
@@ -15,17 +18,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _speaks_when_interrupted(command: Callable[..., None]) -> Callable[..., None]:
+    """Typer ends a command at Ctrl-C without a word."""
+
+    @functools.wraps(command)
+    def wrapped(*args: object, **options: object) -> None:
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            warn("interrupted")
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
 for module in (read, ask, chat, inspect, convert, demo):
-    app.command(name=module.NAME)(module.command)
+    app.command(name=module.NAME)(_speaks_when_interrupted(module.command))
 
 
 def main() -> None:
     """Run the command line; exit status 1 and one line on stderr for what the user can mend, 130 for Ctrl-C."""
     try:
         app()
-    except KeyboardInterrupt:
-        print("senri: interrupted", file=sys.stderr)
-        sys.exit(130)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"senri: {error}", file=sys.stderr)
+        warn(str(error))
         sys.exit(1)

@@ -47,14 +47,19 @@ def command(
 
 def _turn(session: Session, line: str) -> None:
     """One input; a mistake in it does not end the conversation."""
+    from senri.session import ReadingStopped
+
     name, _, rest = line.partition(" ")
+    path = Path(rest.strip()).expanduser()
     try:
-        if name == "/read":
-            display = ReadingDisplay(estimate_tokens(Path(rest)))
-            display.finish(session.read_file(rest, display))
+        if name in ("/read", "/save") and not rest.strip():
+            warn(f"{name} needs a file: {name} FILE")
+        elif name == "/read":
+            display = ReadingDisplay(estimate_tokens(path))
+            display.finish(session.read_file(path, display))
         elif name == "/save":
-            session.save(Path(rest))
-            console.print(f"saved {rest}")
+            session.save(path)
+            console.print(f"saved {path}")
         elif name == "/memory":
             state = session.state
             console.print(
@@ -65,5 +70,7 @@ def _turn(session: Session, line: str) -> None:
             console.print(HELP)
         else:
             session.say(line, stream_answer(session))
+    except ReadingStopped as stop:
+        warn(f"stopped after {stop.tokens:,} tokens: {stop.reason}. They are in the memory; /read {path} goes on")
     except (ValueError, RuntimeError, OSError) as error:
         warn(str(error))

@@ -26,7 +26,8 @@ class _Console(Console):
         super().print(*objects, **options)
 
 
-console = _Console(highlight=False)
+# no markup: what is printed are paths and answers, and "[/x]" in one of them is no mark-up
+console = _Console(highlight=False, markup=False, emoji=False)
 MemoryFile = Annotated[Path, typer.Argument(metavar="FILE.senri", help="A saved memory.")]
 
 

@@ -62,8 +62,9 @@ def convert(source: str, output: Path, texts: list[Path], config: ConfigManager)
         dtype = model.dtype
         report = calibrate(model.float(), ids, num_tokens=config.experiment.calibration.num_tokens)
         notes["calibration"] = report._asdict()
-        console.print(f"calibrated on {report.tokens:,} tokens: loss on repeated text "
-                      f"{report.loss_without:.3f} -> {report.loss_with:.3f} nats a token")  # fmt: skip
+        gain = f"loss on repeated text {report.loss_without:.3f} -> {report.loss_with:.3f} nats a token"
+        silent = "the layer read-out stays silent until it is trained"
+        console.print(f"calibrated on {report.tokens:,} tokens: {gain if report.read_gate else silent}")
         model.to(dtype)
     if output.suffix == ".safetensors":
         save_adapter(model, output, **notes)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import psutil
-import torch
 import typer
 from rich.table import Table
 
@@ -90,6 +89,8 @@ def read(session: Session, ids: list[int]) -> None:
 
 def recall_table(session: Session, ids: list[int]) -> None:
     """What is left of what was read: passages from further and further back come again, with and without memory."""
+    import torch
+
     table = Table(title="passages quoted again: share of tokens predicted right", title_justify="left")
     for column in ("read this many tokens ago", "with memory", "memory emptied"):
         table.add_column(column, justify="right")

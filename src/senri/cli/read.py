@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,22 +35,27 @@ def command(
     if resume:
         session.resume(output)
     check_space(output, session)
-    display = ReadingDisplay(estimate_tokens(text))
+    total = estimate_tokens(text)
+    display = ReadingDisplay(total and max(total - session.notes.get("read_tokens", 0), 0))
     try:
         now = session.read_file(text, display)
     except ReadingStopped as stop:
         kept = save(session, output)
         warn(
             f"stopped after {stop.tokens:,} tokens: {stop.reason}. They are kept in {kept}; "
-            f"go on with: senri read {text} -o {kept} --resume"
+            f"go on with: senri read {_quoted(text)} -o {_quoted(kept)} --resume"
         )
         raise typer.Exit(130 if stop.reason == "interrupted" else 1) from None
     display.finish(now)
     kept = save(session, output)
     console.print(
         f"saved {kept}: {kept.stat().st_size / 1e6:.2f} MB for {session.state.tokens_read[0]:,} tokens; "
-        f'ask it with: senri ask {kept} "..."'
+        f'ask it with: senri ask {_quoted(kept)} "..."'
     )
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def check_output(path: Path, *, exists_ok: bool) -> None:

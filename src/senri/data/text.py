@@ -32,14 +32,14 @@ def iter_text(path: str | Path) -> Iterator[str]:
             raise TextError(f"{name}: no such file")
         if path.is_dir():
             raise TextError(f"{name} is a folder; name a text file")
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:  # a pipe has no size
             raise TextError(f"{name} is empty: there is nothing to read")
     return _decode(path, name)
 
 
 def _decode(path: str | Path, name: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    offset = 0
+    decoder = codecs.getincrementaldecoder("utf-8")()  # not utf-8-sig: its error positions leave out the mark
+    offset, first = 0, True
     try:
         source = sys.stdin.buffer if name == "-" else open(path, "rb")  # noqa: SIM115 (closed below)
     except OSError as error:
@@ -52,6 +52,8 @@ def _decode(path: str | Path, name: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise _not_utf8(name, offset - waiting + error.start) from None
             offset += len(block)
+            if text and first:
+                text, first = text.removeprefix("\ufeff"), False
             if text:
                 yield text
         try:

@@ -80,13 +80,16 @@ def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriF
     Raises:
         ValueError: no adapter file, or one for another base model.
     """
-    config = read_adapter_header(path)["config"]
-    model = convert_to_senri(base, **{**config, **config_overrides})
+    config = {**read_adapter_header(path)["config"], **config_overrides}
+    try:
+        model = convert_to_senri(base, **config)
+    except ValueError as error:
+        raise ValueError(f"the adapter {path} does not fit this base model: {error}") from None
     ours = adapter_weights(model)
     with safe_open(path, framework="pt") as file:
         theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if {n: t.shape for n, t in theirs.items()} != {n: p.shape for n, p in ours.items()}:
-        raise ValueError(f"{path} is an adapter for another base model or configuration: its weights do not fit")
+        raise ValueError(f"{path} is an adapter for another base model: its weights do not fit")
     for name, parameter in ours.items():
         parameter.copy_(theirs[name])
     return model

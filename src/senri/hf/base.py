@@ -72,30 +72,34 @@ def load_model(
         ValueError: no such model or adapter, or they do not fit each other.
     """
     place = base_directory() if str(name) == BASE_NAME else name
-    dtype, tokenizer = resolve_dtype(dtype), load_tokenizer(place)
-    if _base_config(place).model_type == "senri":
+    dtype, kind = resolve_dtype(dtype), _base_config(place)
+    if kind.model_type != "senri" and "gguf_file" not in gguf_location(place):
+        check_architecture(kind)
+    tokenizer = load_tokenizer(place)
+    if kind.model_type == "senri":
+        if adapter not in ("default", "none"):
+            raise ValueError(f"{place} is a Senri model with a memory of its own: set adapter to none, not {adapter}")
         free = {k: v for k, v in config_overrides.items() if k in _FREE_FIELDS}
         model = SenriForCausalLM.from_pretrained(place, dtype=dtype, **free)
-        check_same(model.config.to_dict(), config_overrides, f"the model in {place}")
+        check_same(model.config.to_dict(), config_overrides, f"the model in {place}", "leave it out")
         return model.eval(), tokenizer
     if adapter == "default":
         shipped = ADAPTERS / f"{name}.safetensors"
-        adapter = shipped if shipped.is_file() else "none"
+        # a name may be a path, whose neighbour is no adapter that ships
+        adapter = shipped if shipped.parent == ADAPTERS and shipped.is_file() else "none"
     base = load_pretrained(place).to(dtype)
     if adapter == "none":
         return convert_to_senri(base, **config_overrides), tokenizer
-    check_same(read_adapter_header(adapter)["config"], config_overrides, f"the adapter {Path(adapter).name}")
+    fixed, owner = read_adapter_header(adapter)["config"], f"the adapter {Path(adapter).name}"
+    check_same(fixed, config_overrides, owner, "leave it as it is, or set adapter to none")
     return load_adapter(base, adapter, **config_overrides), tokenizer
 
 
-def check_same(fixed: dict[str, Any], wanted: dict[str, Any], owner: str) -> None:
+def check_same(fixed: dict[str, Any], wanted: dict[str, Any], owner: str, remedy: str) -> None:
     """Raises ValueError where ``wanted`` asks for what the weights of ``owner`` were not made for."""
     for field, value in wanted.items():
         if field not in _FREE_FIELDS and field in fixed and value is not None and fixed[field] != value:
-            raise ValueError(
-                f"{field} is {fixed[field]!r} in {owner} and cannot become {value!r}: set adapter to none, or leave "
-                f"{field} as it is"
-            )
+            raise ValueError(f"{field} is {fixed[field]!r} in {owner} and cannot become {value!r}: {remedy}")
 
 
 def load_base_config(name: str | Path) -> PreTrainedConfig:
@@ -112,7 +116,7 @@ def load_base_config(name: str | Path) -> PreTrainedConfig:
 def _base_config(place: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(**gguf_location(place))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a model from {str(place)!r}: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -188,9 +192,16 @@ def load_tokenizer(path: str | Path) -> Any:
 
     Read from a GGUF file, SmolLM's tokenizer loses the step that splits numbers into digits, and its end token: both
     are put back.
+
+    Raises:
+        ValueError: there is none.
     """
     where = gguf_location(path)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {reason}") from None
     if "gguf_file" in where and {"<|im_start|>", "<|im_end|>", "<repo_name>"} <= tokenizer.get_vocab().keys():
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]

@@ -122,6 +122,13 @@ class SenriConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         self.validate_memory()  # here too, as a ValueError: @strict's own error is none
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does, which sets the overrides in ``kwargs`` without a check: they are checked here."""
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).validate_memory()
+        return made
+
     @property
     def memory_layers(self) -> list[int]:
         """Indices of the layers that have a memory."""

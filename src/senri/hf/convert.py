@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from senri.hf.configuration_senri import SenriConfig, preset_for
 from senri.hf.modeling_senri import SenriForCausalLM
@@ -51,7 +52,12 @@ def convert_to_senri(model_or_path: PreTrainedModel | str | Path, **config_overr
     base = model_or_path if isinstance(model_or_path, PreTrainedModel) else load_pretrained(model_or_path)
     check_architecture(base.config)
     config = senri_config(base.config, **config_overrides)
-    model = SenriForCausalLM(config).to(base.dtype)
+    with no_init_weights():  # the base's weights follow
+        model = SenriForCausalLM(config)
+    model.tie_weights()
+    for memory in model.model.memories.values():
+        memory.reset_parameters()
+    model.to(base.dtype)
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
     lost = [name for name in missing if ".memory." not in name and name != "lm_head.weight"]
     if lost or unexpected:

@@ -276,6 +276,8 @@ class SenriModel(SenriPreTrainedModel):
                 f"past_key_values must be a SenriCache, not {type(cache).__name__}; leave it out to get one"
             )
         batch, steps = embeds.shape[:2]
+        if not steps:
+            raise ValueError("the input has no tokens")
         if cache.batch_size is not None and cache.batch_size != batch:
             raise ValueError(
                 f"the input has {batch} row(s) but the running state has {cache.batch_size}: give as many rows, or "

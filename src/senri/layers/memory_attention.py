@@ -109,7 +109,8 @@ class MemoryAttention(nn.Module):
                 nn.init.eye_(linear.weight)
             else:  # in float32: QR knows no half precision
                 start = torch.empty(linear.weight.shape, device=linear.weight.device, dtype=torch.float32)
-                linear.weight.copy_(nn.init.orthogonal_(start))
+                nn.init.orthogonal_(start)
+                linear.weight.copy_(start)
             nn.init.zeros_(linear.bias)
         if self.taps > 1:
             for name, conv in self.named_parameters():
