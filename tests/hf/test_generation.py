@@ -52,7 +52,7 @@ def test_with_a_cache_as_without(make_senri, tokens, options, mode, prompt):
 def test_a_left_padded_batch_as_its_rows_alone(make_senri, tokens, options, mode):
     model = make_senri(**options)
     rows = [tokens(1, n, seed=n)[0] for n in (40, 13, 5)]
-    ids, mask = torch.zeros(3, 40, dtype=torch.long), torch.zeros(3, 40, dtype=torch.long)
+    ids, mask = torch.full((3, 40), 55), torch.zeros(3, 40, dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, 40 - len(row) :], mask[i, 40 - len(row) :] = row, 1
     out = generate(model, ids, attention_mask=mask, **MODES[mode])

@@ -56,6 +56,16 @@ def test_going_on_from_a_file_is_as_if_never_saved(make_senri, tokens, tmp_path,
         torch.testing.assert_close(left[key], right[key], msg=key, **EXACT)
 
 
+@torch.no_grad()
+def test_a_session_that_read_nothing_can_be_saved(make_senri, tokens, tmp_path):
+    model, ids = make_senri(), tokens(1, 20)
+    model.reset_memory()
+    model.save_memory(tmp_path / "a.senri")
+    other = make_senri()
+    assert other.load_memory(tmp_path / "a.senri")["tokens_read"] == [0]
+    torch.testing.assert_close(other(ids).logits, make_senri()(ids).logits, **EXACT)
+
+
 @pytest.mark.parametrize("flush", [False, True])
 @torch.no_grad()
 def test_a_memory_moves_between_precisions(make_senri, tokens, tmp_path, flush):

@@ -15,8 +15,8 @@ CASES = [
 CASES.append({"memory_gate": "infini", "memory_head_dim": 8, "memory_conv_size": 3})
 
 
-def left_padded(rows, pad=0):
-    """Rows of ids -> ids and mask ``[B, longest]``."""
+def left_padded(rows, pad=55):
+    """Rows of ids -> ids and mask ``[B, longest]``. The pad is an ordinary token: id 0 would embed as zeros."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad)
     for i, row in enumerate(rows):
@@ -69,7 +69,7 @@ def test_a_padded_row_is_the_row_alone(make_senri, tokens, options):
 def test_what_stands_in_the_padding_does_not_matter(make_senri, tokens, readout):
     model = make_senri(memory_readout=readout, write_gate="surprise", memory_conv_size=3)
     ids, mask = left_padded(rows_of(tokens))
-    other, _ = left_padded(rows_of(tokens), pad=55)
+    other, _ = left_padded(rows_of(tokens), pad=0)
     outputs = [model(x, attention_mask=mask) for x in (ids, other)]
     for i, length in enumerate(LENGTHS):
         torch.testing.assert_close(outputs[0].logits[i, -length:], outputs[1].logits[i, -length:], **EXACT)

@@ -168,7 +168,7 @@ def test_flush_writes_what_the_window_holds_once(make_senri, tokens, options):
 @torch.no_grad()
 def test_a_short_text_is_whole_in_the_memory_after_flush(make_senri, tokens):
     model = make_senri(memory_readout="head", memory_conv_size=3, update_rule="delta_token")
-    ids = torch.zeros(2, 5, dtype=torch.long)
+    ids = torch.full((2, 5), 55)
     ids[0], ids[1, 2:] = tokens(1, 5)[0], tokens(1, 3)[0]
     model.reset_memory(2)
     model(ids, attention_mask=torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]))

@@ -177,8 +177,10 @@ def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(json.loads(json.dumps(rest)), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
+        # not flatten(): it keeps the odd stride that a single element may have, and view() refuses that
+        flat = tensor.as_strided((tensor.numel(),), (1,))
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

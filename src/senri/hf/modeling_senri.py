@@ -310,7 +310,7 @@ class SenriModel(SenriPreTrainedModel):
             valid=ids.bool(),
             surprise=ids.to(torch.promote_types(dtype, torch.float32)) if surprised else None,
             last_hidden=keys.new_zeros(batch_size, config.hidden_size) if surprised else None,
-            position=ids[:, 0].clone(),
+            position=torch.zeros(batch_size, dtype=torch.long, device=device),
         )
 
     def _packed_forward(

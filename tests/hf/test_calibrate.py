@@ -1,0 +1,183 @@
+"""Calibration: keys that are near-orthogonal, a read gate that helps, and a base that stays what it was."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from senri.hf.calibrate import RIDGE, calibrate
+from senri.hf.convert import convert_to_senri
+
+HEAD = {"memory_readout": "head", "update_rule": "delta_token", "memory_conv_size": 2, "num_memory_layers": 1}
+TEXT, REPEAT = 640, 40
+
+
+def text(tokens, length=TEXT):
+    """Ids with a grammar: half of the tokens follow from the one before."""
+    ids = tokens(1, length, seed=5)[0]
+    follows = tokens(1, 97, seed=6)[0]
+    for i in range(1, length, 2):
+        ids[i] = follows[ids[i - 1]]
+    return ids
+
+
+def layer_inputs(model, ids):
+    seen = {}
+    hooks = [
+        model.model.layers[i].input_layernorm.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out[0]}))
+        for i in model.config.memory_layers
+    ]
+    with torch.no_grad():
+        model.model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, HEAD, {"memory_gate": "infini", "memory_num_key_value_heads": 4, "num_memory_layers": 1}])
+@torch.no_grad()
+def test_keys_are_centred_and_white(make_senri, tokens, options):
+    model, ids = make_senri(random=False, **options), text(tokens)
+    report = calibrate(model, ids, repeat_tokens=REPEAT)
+    assert report.tokens == TEXT - REPEAT
+    seen = layer_inputs(model, ids[:-REPEAT])
+    assert seen.keys() == set(model.config.memory_layers)
+    for index, hidden in seen.items():
+        memory = model.model.memories[index]
+        keys, queries = memory.k_proj(hidden), memory.q_proj(hidden)
+        torch.testing.assert_close(keys.mean(0), torch.zeros_like(keys[0]), rtol=0, atol=1e-9)
+        covariance = keys.T @ keys / len(keys)
+        # every direction has its variance divided by itself plus the ridge
+        variance = torch.linalg.eigvalsh(torch.cov(hidden.T, correction=0))
+        shrunk = (variance / (variance + RIDGE * variance.mean())).flip(0)[: len(covariance)]
+        torch.testing.assert_close(covariance.diagonal().sort(descending=True)[0], shrunk, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(covariance, torch.eye(len(covariance)).double(), rtol=0, atol=0.1)
+        torch.testing.assert_close(covariance - covariance.diagonal().diag(), 0 * covariance, rtol=0, atol=1e-6)
+        # equal states match: each query head asks with its memory's keys
+        kv, heads = memory.num_key_value_heads, memory.num_heads
+        per_head = keys.unflatten(-1, (kv, -1)).repeat_interleave(heads // kv, dim=1)
+        torch.testing.assert_close(queries.unflatten(-1, (heads, -1)), per_head, rtol=0, atol=1e-9)
+        raw = hidden @ torch.linalg.qr(torch.randn(32, 16).double())[0]
+        assert torch.cov(raw.T).sub(torch.eye(16)).abs().max() > 0.3, "white to begin with: this shows nothing"
+
+
+@torch.no_grad()
+def test_values_of_the_head_readout_are_centred(make_senri, tokens):
+    model, ids = make_senri(random=False, **HEAD), text(tokens)
+    calibrate(model, ids, repeat_tokens=REPEAT)
+    memory = model.model.memories[1]
+    values = memory.v_proj(model.model.embed_tokens(ids[:-REPEAT]))
+    torch.testing.assert_close(values.mean(0), torch.zeros_like(values[0]), rtol=0, atol=1e-9)
+    assert values.std() > 1e-2
+
+
+@pytest.mark.parametrize("options", [{}, HEAD])
+@torch.no_grad()
+def test_inside_the_window_the_base_is_unchanged(make_base, make_senri, tokens, options):
+    base, model, ids = make_base(), make_senri(random=False, **options), text(tokens)
+    calibrate(model, ids, repeat_tokens=REPEAT)
+    inside = ids[None, :7]
+    assert torch.equal(model(inside).logits, base(inside).logits)
+    past = ids[None, :60]
+    silent = convert_to_senri(base, sliding_window_size=7, num_memory_layers=0)
+    differs = (model(past).logits - silent(past).logits).abs().max() > 1e-3
+    assert differs == (options == HEAD), "the head read-out speaks from now on, the layer's needs training"
+
+
+@torch.no_grad()
+def test_the_read_gate_is_the_one_that_predicts_best(make_senri, tokens):
+    model, ids = make_senri(random=False, **{**HEAD, "num_memory_layers": 2, "memory_head_dim": 16}), text(tokens)
+    report = calibrate(model, ids, repeat_tokens=REPEAT)
+    twice = torch.cat([ids[-REPEAT:]] * 2)
+
+    def loss(gates):
+        for index, gate in gates.items():
+            model.model.memories[index].read_gate.bias.fill_(gate)
+        return F.cross_entropy(model(twice[None]).logits[0, :-1], twice[1:]).item()
+
+    biases = {i: memory.read_gate.bias.item() for i, memory in model.model.memories.items()}
+    assert biases == pytest.approx(report.read_gate)
+    assert loss(report.read_gate) == pytest.approx(report.loss_with, rel=1e-6)
+    assert loss(dict.fromkeys(report.read_gate, 0.0)) == pytest.approx(report.loss_without, rel=1e-6)
+    assert report.loss_with < report.loss_without - 0.05
+    # no better neighbour for the layer that was chosen last, given the others
+    last = max(report.read_gate)
+    for factor in (0.0, 0.5, 2.0):
+        assert (
+            loss({**report.read_gate, last: factor * report.read_gate[last] + 0.01 * factor}) >= report.loss_with - 1e-9
+        )
+
+
+@torch.no_grad()
+def test_the_layer_readout_stays_silent(make_senri, tokens):
+    model, ids = make_senri(random=False), text(tokens)
+    report = calibrate(model, ids, repeat_tokens=REPEAT)
+    assert report.read_gate == {}
+    assert report.loss_with != report.loss_with  # nan: nothing was chosen
+    assert all(not memory.o_proj.weight.any() for memory in model.model.memories.values())
+
+
+def test_texts_in_every_form(make_senri, tokens):
+    ids = text(tokens)
+    words = " ".join(map(str, ids.tolist()))
+
+    def tokenizer(block, add_special_tokens, verbose):
+        return {"input_ids": [int(word) for word in block.split()]}
+
+    expected = None
+    for source, reader in [
+        (ids, None),
+        (ids.tolist(), None),
+        (words, tokenizer),
+        ([words[:900], words[900:]], tokenizer),
+        (iter([words]), tokenizer),
+    ]:
+        model = make_senri(random=False, **HEAD).train()
+        report = calibrate(model, source, reader, repeat_tokens=REPEAT)
+        assert model.training, "it leaves the mode as it was"
+        weights = {name: p.clone() for name, p in model.named_parameters()}
+        expected = expected or (report, weights)
+        assert report == expected[0]
+        assert all(torch.equal(p, expected[1][name]) for name, p in weights.items())
+    base = {n for n, p in make_senri(random=False, **HEAD).named_parameters() if not torch.equal(p, expected[1][n])}
+    assert base
+    assert all(".memory." in name for name in base), "only the memory is set"
+
+
+def test_num_tokens_bounds_what_is_used(make_senri, tokens):
+    model = make_senri(random=False, **HEAD)
+    report = calibrate(model, text(tokens), num_tokens=300, repeat_tokens=REPEAT)
+    assert report.tokens == 300
+
+
+def test_what_cannot_be_calibrated(make_senri, tokens):
+    ids = text(tokens)
+    with pytest.raises(ValueError, match="calibration needs at least 128 tokens of text, not 127"):
+        calibrate(make_senri(random=False), ids[:127])
+    with pytest.raises(ValueError, match="num_memory_layers is 0: there is no memory to calibrate"):
+        calibrate(make_senri(random=False, num_memory_layers=0), ids)
+    with pytest.raises(ValueError, match="memory heads of 40 together are wider than the hidden size 32"):
+        calibrate(make_senri(random=False, memory_num_key_value_heads=1, memory_num_heads=1, memory_head_dim=40), ids)
+    with pytest.raises(ValueError, match=r"needs its tokenizer: calibrate\(model, texts, tokenizer\)"):
+        calibrate(make_senri(random=False), "In the beginning")
+    with pytest.raises(ValueError, match="calibration needs at least 128 tokens of text, not 0"):
+        calibrate(make_senri(random=False), [], lambda *a, **k: {"input_ids": []})
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_on_the_real_model_a_passage_that_comes_again_is_recalled(make_real, real_ids):
+    options = {"memory_num_heads": 1, "memory_head_dim": 576, "num_memory_layers": 1, "first_memory_layer": 10}
+    model = make_real(**{**HEAD, **options})
+    report = calibrate(model, real_ids(0, 4096 + 544)[0], num_tokens=4096, repeat_tokens=544)
+    assert report.loss_with < report.loss_without - 0.3
+    passage = real_ids(3_000_000, 256)
+    twice = torch.cat([passage, real_ids(2_000_000, 256), passage], dim=1)
+
+    def hits():
+        logits = model(twice).logits[0, -256 + 16 - 1 : -1]
+        return (logits.argmax(-1) == passage[0, 16:]).float().mean().item()
+
+    with_memory = hits()
+    model.model.memories[10].read_gate.bias.zero_()
+    silent = hits()
+    assert with_memory > silent + 0.2, (with_memory, silent)
