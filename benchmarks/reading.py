@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -79,7 +80,7 @@ def measure(kind: str, tokens: int) -> dict[str, object]:
         marks = [(0, 0.0)]
         with Peak() as peak:
             now = model.read(ids, progress=lambda p: marks.append((p.tokens, p.seconds)))
-        speeds = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in zip(marks, marks[1:], strict=False)]
+        speeds = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks)]
         seconds, state = now.seconds, model.session.nbytes
     else:
         model = transformers.LlamaForCausalLM.from_pretrained(base_directory(), dtype=resolve_dtype("auto"))

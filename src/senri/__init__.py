@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from senri.hf.calibrate import calibrate
     from senri.hf.configuration_senri import SenriConfig
     from senri.hf.convert import convert_qwen_to_senri, convert_to_senri
-    from senri.hf.modeling_senri import SenriForCausalLM, SenriModel
+    from senri.hf.model import SenriModel
+    from senri.hf.modeling_senri import SenriForCausalLM
     from senri.memory.state import MemoryState
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOMES = {
     "SenriCache": "senri.hf.cache",
     "SenriConfig": "senri.hf.configuration_senri",
     "SenriForCausalLM": "senri.hf.modeling_senri",
-    "SenriModel": "senri.hf.modeling_senri",
+    "SenriModel": "senri.hf.model",
     "calibrate": "senri.hf.calibrate",
     "convert_qwen_to_senri": "senri.hf.convert",
     "convert_to_senri": "senri.hf.convert",

@@ -207,8 +207,8 @@ class Session:
         window = self.model.config.sliding_window_size
         if ids.shape[1] > window:
             raise ValueError(
-                f"the question has {ids.shape[1]} tokens, more than the window of {window}: shorten it, or put the long "
-                "part into a file and read it with: senri read"
+                f"the question has {ids.shape[1]} tokens, more than the window of {window}: shorten it, or put the "
+                "long part into a file and read it with: senri read"
             )
         return ids.to(self.model.device)
 
@@ -238,7 +238,8 @@ class Session:
         fork = self.state.fork()
         if not memory and fork.state is not None:
             layers = tuple(layer._replace(memory=_emptied(layer.memory)) for layer in fork.state.layers)
-            fork.state = fork.state._replace(layers=layers)
+            # nor may the window's rest be written while the passage comes
+            fork.state = fork.state._replace(layers=layers, valid=torch.zeros_like(fork.state.valid))
         logits = self.model(passage[None].to(self.model.device), past_key_values=fork).logits[0]
         hits = logits[skip - 1 : -1].argmax(-1).cpu() == passage[skip:]
         return float(hits.float().mean())

@@ -78,7 +78,9 @@ def test_a_conversation(senri, book, open_model, real_tokenizer):
     session.read_file("my letter.txt")
     counts.append(session.state.tokens_read[0])
     assert counts == sorted(set(counts))
-    assert [int(n) for n in re.findall(r"(\d+) tokens read; state 0\.\d\d MB, of it memory 0.00 MB", result.out)] == counts
+    assert [
+        int(n) for n in re.findall(r"(\d+) tokens read; state 0\.\d\d MB, of it memory 0.00 MB", result.out)
+    ] == counts
     assert all(answer in result.out for answer in answers)
     assert f"book.senri: {counts[0]} tokens read\n" in result.out
     assert result.out.count("/quit  leave") == 2, "the help: once at the start, once for /nonsense"
@@ -151,7 +153,9 @@ def test_a_pipe_is_no_empty_file(senri, book):
         ("flush", 1, True, "all"),
     ],
 )
-def test_ctrl_c_and_resume_is_as_if_never_stopped(senri, book, interrupt, monkeypatch, real_tokenizer, name, nth, after, kept):
+def test_ctrl_c_and_resume_is_as_if_never_stopped(
+    senri, book, interrupt, monkeypatch, real_tokenizer, name, nth, after, kept
+):
     assert senri("read", book, "-o", "whole.senri").code == 0
     steps = read_header("whole.senri")["tokens_read"][0]
     kept = steps if kept == "all" else kept

@@ -33,7 +33,9 @@ def layer_inputs(model, ids):
     return seen
 
 
-@pytest.mark.parametrize("options", [{}, HEAD, {"memory_gate": "infini", "memory_num_key_value_heads": 4, "num_memory_layers": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, HEAD, {"memory_gate": "infini", "memory_num_key_value_heads": 4, "num_memory_layers": 1}]
+)
 @torch.no_grad()
 def test_keys_are_centred_and_white(make_senri, tokens, options):
     model, ids = make_senri(random=False, **options), text(tokens)

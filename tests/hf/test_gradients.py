@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import senri.hf.modeling_senri as modeling
+import senri.hf.model as modeling
 from senri.memory import RULES
 
 CASES = [

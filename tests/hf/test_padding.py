@@ -141,3 +141,20 @@ def test_real_weights(make_real, real_ids):
         its = alone.past_key_values.state.layers[10].memory.memory
         torch.testing.assert_close(mine.M[i], its.M[0], rtol=1e-3, atol=1e-3)
         assert mine.written[i] == its.written[0] == len(row) - 32
+
+
+def test_padding_in_the_middle_of_a_text_is_refused_and_changes_nothing(make_senri, tokens):
+    model = make_senri()
+    ids = tokens(2, 8)
+    cache = model.model(ids).past_key_values
+    before = cache.state
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with pytest.raises(ValueError, match="padding in the middle of a running text"):
+        model.model(ids[:, :4], attention_mask=mask, past_key_values=cache)
+    assert cache.state is before
+    # right padding ends a row: nothing real may follow, but padding and the other rows may
+    model.model(ids[:, :4], attention_mask=mask.flip(1), past_key_values=cache)
+    with pytest.raises(ValueError, match="padding in the middle"):
+        model.model(ids[:, :4], past_key_values=cache)
+    model.model(ids[:, :4], attention_mask=torch.tensor([[1] * 4, [0] * 4]), past_key_values=cache)
+    assert cache.tokens_read == [16, 10]

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-import senri.hf.modeling_senri as modeling
+import senri.hf.model as modeling
 from senri.memory import RULES
 
 STEPS = 30

@@ -67,7 +67,8 @@ def _decode(path: str | Path, name: str) -> Iterator[str]:
 
 def _not_utf8(name: str, offset: int) -> TextError:
     return TextError(
-        f"{name} is not UTF-8 text (byte {offset}): convert it first, e.g. iconv -f latin1 -t utf-8 {name} > {name}.utf8"
+        f"{name} is not UTF-8 text (byte {offset}): convert it first, e.g. "
+        f"iconv -f latin1 -t utf-8 {name} > {name}.utf8"
     )
 
 

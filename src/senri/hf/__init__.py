@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from senri.hf.cache import SenriCache
 from senri.hf.configuration_senri import SenriConfig
-from senri.hf.modeling_senri import SenriForCausalLM, SenriModel
+from senri.hf.model import SenriModel
+from senri.hf.modeling_senri import SenriForCausalLM
 
 AutoConfig.register("senri", SenriConfig, exist_ok=True)
 AutoModel.register(SenriConfig, SenriModel, exist_ok=True)

@@ -181,7 +181,8 @@ class SenriConfig(LlamaConfig):
             attention = (self.num_attention_heads, self.head_dim)
             if (self.memory_num_heads, self.memory_head_dim) != attention:
                 raise ValueError(
-                    f"memory_gate 'infini' needs memory_num_heads and memory_head_dim equal to the attention's {attention}"
+                    "memory_gate 'infini' needs memory_num_heads and memory_head_dim equal to the attention's: "
+                    f"{attention}"
                 )
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from senri.hf.cache import ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
+from senri.memory.rules import RULES
 from senri.memory.state import named_tensors
 
 FORMAT_VERSION = 1
@@ -27,6 +28,7 @@ _MUST_MATCH = (
     "memory_layers",
     "update_rule",
     "feature_map",
+    "segment_size",
     "store",
     "memory_readout",
     "memory_heads",
@@ -63,7 +65,8 @@ def expected_header(config: SenriConfig) -> dict[str, Any]:
         "sliding_window_size": config.sliding_window_size,
         "memory_layers": config.memory_layers,
         "update_rule": config.update_rule,
-        "feature_map": config.feature_map,
+        "feature_map": config.feature_map or RULES[config.update_rule].feature_map,
+        "segment_size": config.segment_size if RULES[config.update_rule].segmented else None,
         "store": config.store,
         "memory_readout": config.memory_readout,
         "memory_heads": [config.memory_num_heads, config.memory_num_key_value_heads, config.memory_head_dim],
@@ -136,7 +139,8 @@ def load(path: str | Path, cache: SenriCache, empty: ModelState, expected: dict[
     for field in _MUST_MATCH:
         if field in expected and header.get(field) != expected[field]:
             raise MemoryFileError(
-                f"{path} does not fit this model: {field} is {header.get(field)!r} in the file, {expected[field]!r} here"
+                f"{path} does not fit this model: {field} is {header.get(field)!r} in the file, "
+                f"{expected[field]!r} here"
             )
     ours, theirs = expected.get("tokenizer_fingerprint"), header.get("tokenizer_fingerprint")
     if ours and theirs and ours != theirs:

@@ -200,7 +200,7 @@ class MemoryAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim))
 
     def _project(self, linear: nn.Linear, conv: str, inputs: Tensor, valid: Tensor) -> Tensor:
-        """Project ``[B, T + K - 1, hidden]`` and convolve to ``[B, T, ...]``; never across the text's start or padding."""
+        """Project ``[B, T + K - 1, hidden]`` and convolve to ``[B, T, ...]``, not across padding or a text's start."""
         x = linear(inputs)
         if self.taps == 1:
             return x

@@ -1,0 +1,352 @@
+"""SenriModel: a pretrained decoder with a window of exact attention and a memory behind it, without a head."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils.generic import can_return_tuple
+
+from senri.hf.cache import LayerState, ModelState, SenriCache
+from senri.hf.configuration_senri import SenriConfig
+from senri.hf.decoder import SenriDecoderLayer, SenriRotaryEmbedding
+from senri.layers import MemoryAttention, MemoryStream, window_plan
+from senri.memory.scan import unpack_index
+
+INFERENCE_PIECE = 2048  # tokens of one pass without gradient: bounds the activations of a long prompt
+SURPRISE_BLOCK = 512  # tokens whose logits exist at once while the surprise is computed
+
+
+class SenriPreTrainedModel(PreTrainedModel):
+    """Base class: configuration, initialisation, and what transformers may do with the model."""
+
+    config: SenriConfig
+    config_class = SenriConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("SenriDecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _is_stateful = True  # assisted decoding would have to roll the memory back
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Give every parameter that no checkpoint brought its start value."""
+        super().initialize_weights()
+        # Not in _init_weights(): for models outside its own package transformers never calls it on a module whose
+        # parameters all belong to submodules, so that a memory kept Linear's random values and was not silent.
+        for module in self.modules():
+            if isinstance(module, MemoryAttention):
+                loaded = {n: p.clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+                module.reset_parameters()
+                for name, value in loaded.items():
+                    module.get_parameter(name).copy_(value)
+
+
+class SenriModel(SenriPreTrainedModel):
+    """The decoder without a language-model head.
+
+    A forward without a cache is stateless; with a :class:`SenriCache` it goes on from it and updates it. Cutting an
+    input into calls changes no result.
+    """
+
+    def __init__(self, config: SenriConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([SenriDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = SenriRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SenriCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of ``input_ids`` ``[B, T]`` after the last norm.
+
+        Args:
+            attention_mask: ``[B, T]`` or longer (the last T columns count); 0 where padded.
+            position_ids: ``[B, T]``; counted from the cache when None. Without cache and mask, positions that start
+                again at 0 mark documents packed into one row: they never see each other.
+            past_key_values: a :class:`SenriCache`, updated in place by replacing its state.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds; a mask or cache that does not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("Senri's fused attention returns no attention maps: leave output_attentions off")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is not None and past_key_values is None and attention_mask is None:
+            packed = self._packed_forward(input_ids, inputs_embeds, position_ids, output_hidden_states)
+            if packed is not None:
+                return packed
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = past_key_values if past_key_values is not None else self.new_cache()
+        mask = self._check_inputs(input_ids, inputs_embeds, attention_mask, cache)
+        if cache.state is None:
+            cache.state = self.empty_state(inputs_embeds.shape[0], inputs_embeds.dtype)
+        self._check_padding(mask, cache, inputs_embeds.shape[1])
+        outputs, collected = [], []
+        for start in range(0, inputs_embeds.shape[1], self._piece_size(inputs_embeds.shape[1])):
+            part = slice(start, start + self._piece_size(inputs_embeds.shape[1]))
+            hidden, states = self._forward_piece(
+                inputs_embeds[:, part],
+                None if input_ids is None else input_ids[:, part],
+                None if mask is None else mask[:, part],
+                None if position_ids is None else position_ids[:, part],
+                cache,
+            )
+            outputs.append(hidden)
+            if output_hidden_states:
+                collected.append((*states, hidden))
+        hidden = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        all_hidden = None
+        if output_hidden_states:
+            all_hidden = tuple(torch.cat(parts, dim=1) for parts in zip(*collected, strict=True))
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
+            hidden_states=all_hidden,
+        )
+
+    @property
+    def memories(self) -> dict[int, MemoryAttention]:
+        """The memory of each layer that has one, by layer index."""
+        return {i: cast(MemoryAttention, self.layers[i].memory) for i in self.config.memory_layers}
+
+    def new_cache(self) -> SenriCache:
+        """An empty cache for this model."""
+        return SenriCache(self.config.num_hidden_layers, self.config.sliding_window_size)
+
+    def flush(self, cache: SenriCache) -> None:
+        """Write what the window still holds into the memory and empty the window: the end of a text.
+
+        Afterwards each token read so far has been written exactly once.
+        """
+        if cache.state is None:
+            return
+        state = cache.state
+        slots = state.ids.shape[1]
+        window = self.config.sliding_window_size
+        nothing = torch.zeros(state.ids.shape[0], window, dtype=torch.bool, device=state.ids.device)
+        stream = self._stream(state, nothing, nothing.long(), nothing.to(self.dtype))
+        layers = []
+        for i, old in enumerate(state.layers):
+            memory = old.memory
+            if memory is not None:
+                blank = memory.recent.new_zeros(*nothing.shape, memory.recent.shape[2])
+                _, memory = self.memories[i](blank, stream, memory, self.embed_tokens.weight)
+                memory = memory._replace(recent=torch.zeros_like(memory.recent))
+            layers.append(LayerState(old.keys[:, :, :0], old.values[:, :, :0], memory))
+        empty = torch.zeros_like(state.ids)
+        cache.commit(
+            state._replace(
+                layers=tuple(layers),
+                ids=empty,
+                valid=empty.bool(),
+                surprise=None if state.surprise is None else state.surprise.new_zeros(empty.shape[0], slots),
+            ),
+            columns=0,
+        )
+        cache.has_padding = False
+
+    # one piece ------------------------------------------------------------------------------------------------
+
+    def _forward_piece(
+        self,
+        hidden: Tensor,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: SenriCache,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers over ``hidden`` ``[B, T, hidden]``; commits the new state at the end, and only then."""
+        state = cache.state
+        assert state is not None
+        batch, steps = hidden.shape[:2]
+        valid = torch.ones(batch, steps, dtype=torch.bool, device=hidden.device) if mask is None else mask
+        has_padding = cache.has_padding or mask is not None
+        past = state.layers[0].keys.shape[2]
+        if position_ids is None:
+            position_ids = (state.position[:, None] + valid.cumsum(1) - 1).clamp(min=0)
+        stream = self._stream(state, valid, ids, None)
+        window_valid = stream.valid[:, -(past + steps) :] if has_padding else None
+        plan = window_plan(steps, past, self.config.sliding_window_size, window_valid, hidden.device)
+        rotary = self.rotary_emb(hidden, position_ids)
+        layers: list[LayerState] = []
+        waiting: dict[int, Tensor] = {}
+        inputs = []
+        for i, layer in enumerate(self.layers):
+            inputs.append(hidden)
+            hidden, memory_input, new = self._run_layer(layer, hidden, state.layers[i], plan, rotary, stream)
+            layers.append(new)
+            if memory_input is not None:
+                waiting[i] = memory_input
+        hidden = self.norm(hidden)
+        last_hidden, surprise = state.last_hidden, None
+        if self.config.write_gate == "surprise":
+            assert ids is not None
+            surprise = self._surprise(hidden, ids, stream.valid, last_hidden)
+            last_hidden = hidden[:, -1].detach()
+            stream = self._stream(state, valid, ids, surprise)
+        for i, memory_input in waiting.items():
+            read, memory = self.memories[i](memory_input, stream, state.layers[i].memory, self.embed_tokens.weight)
+            layers[i] = layers[i]._replace(memory=memory)
+            hidden = hidden + read
+        slots = state.ids.shape[1]
+        new_state = ModelState(
+            layers=tuple(layers),
+            ids=state.ids if stream.ids is None else stream.ids[:, -slots:],
+            valid=stream.valid[:, -slots:],
+            surprise=None if stream.surprise is None else stream.surprise[:, -slots:],
+            last_hidden=last_hidden,
+            position=state.position + valid.sum(1),
+        )
+        cache.has_padding = has_padding
+        cache.commit(new_state, steps)
+        return hidden, inputs
+
+    def _run_layer(self, layer: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None, LayerState]:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # transformers' own wrapper drops the cache, and with it the memory: state in, state out instead
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+    def _stream(self, state: ModelState, valid: Tensor, ids: Tensor | None, surprise: Tensor | None) -> MemoryStream:
+        """The recent tokens' flags, ids and surprise, followed by the new ones'."""
+
+        def append(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+            return old if old is None or new is None else torch.cat([old, new.to(old.dtype)], dim=1)
+
+        both = torch.cat([state.valid, valid], dim=1)
+        return MemoryStream(both, append(state.ids, ids), append(state.surprise, surprise))
+
+    @torch.no_grad()
+    def _surprise(self, hidden: Tensor, ids: Tensor, valid: Tensor, last_hidden: Tensor | None) -> Tensor:
+        """Negative log likelihood (nats) of each token ``[B, T]`` given what came before; 0 where nothing did."""
+        assert last_hidden is not None
+        steps = ids.shape[1]
+        previous = torch.cat([last_hidden[:, None].to(hidden.dtype), hidden[:, :-1]], dim=1)
+        parts = []
+        for start in range(0, steps, SURPRISE_BLOCK):
+            logits = F.linear(previous[:, start : start + SURPRISE_BLOCK], self.embed_tokens.weight)
+            target = ids[:, start : start + SURPRISE_BLOCK, None]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            parts.append(logits.logsumexp(-1) - logits.gather(-1, target)[..., 0])
+        known = valid[:, -steps:] & valid[:, -steps - 1 : -1]
+        return torch.cat(parts, dim=1) * known
+
+    def _piece_size(self, steps: int) -> int:
+        """Longest stretch that one pass may take."""
+        config = self.config
+        longest = max(steps, 1)
+        if config.write_gate == "surprise" and config.memory_readout == "layer" and config.num_memory_layers:
+            # a pair's surprise must be known before the pass that writes it
+            longest = min(longest, config.sliding_window_size)
+        return longest if torch.is_grad_enabled() else min(longest, INFERENCE_PIECE)
+
+    # inputs ---------------------------------------------------------------------------------------------------
+
+    def _check_inputs(
+        self, ids: Tensor | None, embeds: Tensor, attention_mask: Tensor | None, cache: SenriCache
+    ) -> Tensor | None:
+        """The validity mask of the new tokens ``[B, T]``, or None where nothing is padded."""
+        if not isinstance(cache, SenriCache):
+            raise ValueError(
+                f"past_key_values must be a SenriCache, not {type(cache).__name__}; leave it out to get one"
+            )
+        batch, steps = embeds.shape[:2]
+        if not steps:
+            raise ValueError("the input has no tokens")
+        if cache.batch_size is not None and cache.batch_size != batch:
+            raise ValueError(
+                f"the input has {batch} row(s) but the running state has {cache.batch_size}: give as many rows, or "
+                "start anew (reset_memory(batch_size), or a new cache)"
+            )
+        needs_ids = self.config.memory_readout == "head" or self.config.write_gate == "surprise"
+        if ids is None and needs_ids and self.config.num_memory_layers:
+            raise ValueError("memory_readout 'head' and write_gate 'surprise' need input_ids, not inputs_embeds")
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < steps:
+            raise ValueError(f"attention_mask must be [{batch}, {steps}] or longer, not {list(attention_mask.shape)}")
+        mask = attention_mask[:, attention_mask.shape[1] - steps :].bool()
+        return None if mask.all() else mask
+
+    def _check_padding(self, mask: Tensor | None, cache: SenriCache, steps: int) -> None:
+        """Raises ValueError where a row goes on after padding: the padding would take up its window."""
+        assert cache.state is not None
+        if mask is None and not cache.has_padding:
+            return
+        old = cache.state.valid
+        if mask is None:
+            mask = old.new_ones(len(old), steps)
+        row = torch.cat([old, mask], dim=1)
+        gap = ~row & (row.cumsum(1) > 0)  # padded, after a real token
+        if (row & (gap.cumsum(1) > 0))[:, -steps:].any():
+            raise ValueError(
+                "padding in the middle of a running text: rows that go on must go on with inputs of one length; run "
+                "rows of different lengths one by one, each from its own state"
+            )
+
+    def empty_state(self, batch_size: int, dtype: torch.dtype) -> ModelState:
+        """The state before any token, for ``batch_size`` rows."""
+        config, device, memories = self.config, self.embed_tokens.weight.device, self.memories
+        slots = config.sliding_window_size + max(config.memory_conv_size, 1) - 1
+        keys = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
+        layers = tuple(
+            LayerState(keys, keys, memories[i].init_state(batch_size, dtype, device) if i in memories else None)
+            for i in range(config.num_hidden_layers)
+        )
+        ids = torch.zeros(batch_size, slots, dtype=torch.long, device=device)
+        surprised = config.write_gate == "surprise"
+        return ModelState(
+            layers=layers,
+            ids=ids,
+            valid=ids.bool(),
+            surprise=ids.to(torch.promote_types(dtype, torch.float32)) if surprised else None,
+            last_hidden=keys.new_zeros(batch_size, config.hidden_size) if surprised else None,
+            position=torch.zeros(batch_size, dtype=torch.long, device=device),
+        )
+
+    def _packed_forward(
+        self, ids: Tensor | None, embeds: Tensor, position_ids: Tensor, output_hidden_states: bool | None
+    ) -> BaseModelOutputWithPast | None:
+        """Run packed documents as rows of their own; None when each row is one document."""
+        position_ids = position_ids.expand(embeds.shape[:2])
+        starts = position_ids == 0
+        starts[:, 0] = True
+        if not starts[:, 1:].any():
+            return None
+        begin = starts.flatten().nonzero().flatten()
+        index, valid = unpack_index(torch.cat([begin, begin.new_tensor([starts.numel()])]))
+        rows = (
+            {"input_ids": ids.flatten()[index]} if ids is not None else {"inputs_embeds": embeds.flatten(0, 1)[index]}
+        )
+        out = self.forward(
+            **rows, attention_mask=valid, use_cache=False, output_hidden_states=output_hidden_states, return_dict=True
+        )
+        hidden = out.hidden_states and tuple(h[valid].view_as(embeds) for h in out.hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=out.last_hidden_state[valid].view_as(embeds), hidden_states=hidden
+        )
