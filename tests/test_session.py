@@ -247,6 +247,34 @@ def test_turns_are_fed_in_the_chat_format_each_token_once(session, real_tokenize
     assert session.state.tokens_read == [len(fed)]
 
 
+def test_a_turn_cut_short_leaves_no_trace(session, model, fed, monkeypatch):
+    session.say("Who made the heaven?")
+    before = tensors(session)
+    forward, calls = model.model.forward, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*args, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(model.model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.say("And then?")
+    assert len(calls) == 3
+    assert same(before, tensors(session))
+    fed.clear()
+    session.say("And then?")
+    once = list(fed)
+    model.end_session()
+    session._unfed = None
+    session.say("Who made the heaven?")
+    fed.clear()
+    session.say("And then?")
+    assert fed == once, "as if it had not been asked before"
+
+
 @pytest.mark.parametrize("how", ["read", "load", "new session"])
 def test_a_conversation_is_over_after_reading_or_loading(session, book, tmp_path, fed, how, real_tokenizer):
     session.say("Who made the heaven?")

@@ -175,6 +175,8 @@ class Session:
     def say(self, message: str, streamer: Any = None) -> str:
         """One turn of a conversation: the message and the answer become part of the memory.
 
+        A turn that Ctrl-C or an error cuts short leaves no trace.
+
         Raises:
             ValueError: an empty message, or one longer than the window.
         """
@@ -183,7 +185,10 @@ class Session:
             prompt = torch.cat([self._unfed, prompt], dim=1)
         if self.model.session is None:
             self.model.reset_memory()
-        return self._generate(prompt, self.state, streamer)
+        state = self.state.fork()
+        answer = self._generate(prompt, state, streamer)
+        self.model.session = state
+        return answer
 
     def prompt(self, message: str, *, first: bool = True) -> Tensor:
         """Token ids ``[1, T]`` of a message in the model's chat format, up to where the answer begins.

@@ -106,7 +106,7 @@ def test_a_senri_folder(make_senri, real_tokenizer, tmp_path, adapter, tokens):
     assert other.model.new_cache().sliding_window_size == 9
     assert not torch.allclose(other(ids).logits, model(ids).logits, atol=1e-3)
     with pytest.raises(
-        ValueError, match="memory_readout is 'head' in the model in .* and cannot become 'layer': leave"
+        ValueError, match=r"memory_readout is 'head' in the model in .* and cannot become 'layer': leave"
     ):
         load_model(tmp_path / "senri", memory_readout="layer")
     with pytest.raises(ValueError, match="is a Senri model with a memory of its own: set adapter to none"):

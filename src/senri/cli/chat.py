@@ -37,12 +37,14 @@ def command(
     while True:
         try:
             line = console.input("> ").strip()
+            if line in ("/quit", "/exit"):
+                return
+            if line:
+                _turn(session, line)
         except EOFError:
             return
-        if line in ("/quit", "/exit"):
-            return
-        if line:
-            _turn(session, line)
+        except KeyboardInterrupt:  # stops an answer, not the conversation with its memory
+            console.print("\n(stopped; /quit leaves, /save FILE.senri keeps the memory)")
 
 
 def _turn(session: Session, line: str) -> None:

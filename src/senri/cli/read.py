@@ -41,8 +41,9 @@ def command(
         now = session.read_file(text, display)
     except ReadingStopped as stop:
         kept = save(session, output)
+        when = "" if stop.reason == "interrupted" else "once that is mended, "
         warn(
-            f"stopped after {stop.tokens:,} tokens: {stop.reason}. They are kept in {kept}; "
+            f"stopped after {stop.tokens:,} tokens: {stop.reason}. They are kept in {kept}; {when}"
             f"go on with: senri read {_quoted(text)} -o {_quoted(kept)} --resume"
         )
         raise typer.Exit(130 if stop.reason == "interrupted" else 1) from None
@@ -52,6 +53,8 @@ def command(
         f"saved {kept}: {kept.stat().st_size / 1e6:.2f} MB for {session.state.tokens_read[0]:,} tokens; "
         f'ask it with: senri ask {_quoted(kept)} "..."'
     )
+    if kept != output:
+        raise typer.Exit(1)
 
 
 def _quoted(path: Path) -> str:

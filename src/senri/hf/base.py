@@ -114,8 +114,9 @@ def load_base_config(name: str | Path) -> PreTrainedConfig:
 
 
 def _base_config(place: str | Path) -> PreTrainedConfig:
+    where = gguf_location(place)
     try:
-        return AutoConfig.from_pretrained(**gguf_location(place))
+        return AutoConfig.from_pretrained(**where)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load a model from {str(place)!r}: {' '.join(str(error).split())[:200]}") from None
 
