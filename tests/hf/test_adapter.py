@@ -61,14 +61,22 @@ def test_what_changes_no_weight_may_be_another(saved, make_base, tokens):
     loaded = load_adapter(make_base(dtype=torch.float32), path, sliding_window_size=11)
     assert (loaded.config.sliding_window_size, loaded.config.memory_head_dim) == (11, 8)
     assert not torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-3)
-    with pytest.raises(ValueError, match="is an adapter for another base model: its weights do not fit"):
+    with pytest.raises(ValueError, match="does not fit its own configuration"):
         load_adapter(make_base(dtype=torch.float32), path, memory_head_dim=4)
+
+
+def test_a_base_of_the_same_shape_with_other_weights_is_refused(saved, make_base):
+    other = make_base(dtype=torch.float32)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 0.1
+    with pytest.raises(ValueError, match="adapter for another base model: its base_fingerprint differs"):
+        load_adapter(other, saved[1])
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"hidden_size": 64}, "is an adapter for another base model: its weights do not fit"),
+        ({"hidden_size": 64}, "is an adapter for another base model: its base_fingerprint differs"),
         ({"num_hidden_layers": 2}, r"does not fit this base model: memory layers \[1, 2\] do not fit into 2 layers"),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_base_without_a_preset_gets_memories_that_fit(layers):
         ({"memory_readout": "head", "tie_word_embeddings": False}, "memory_readout 'head' needs tie_word_embeddings"),
         ({"write_gate": "surprise", "tie_word_embeddings": False}, "write_gate 'surprise' needs tie_word_embeddings"),
         ({"memory_gate": "infini", "memory_readout": "head"}, "memory_gate 'infini' .* needs memory_readout 'layer'"),
-        ({"memory_gate": "infini"}, r"needs memory_num_heads and memory_head_dim equal to the attention's \(4, 8\)"),
+        ({"memory_gate": "infini"}, r"needs memory_num_heads and memory_head_dim equal to the attention's: \(4, 8\)"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"sliding_window_size": "1024"}, "sliding_window_size must be a whole number, not '1024'"),
         ({"memory_head_dim": 6.5}, "memory_head_dim must be a whole number, not 6.5"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from senri.cli.common import ReadingDisplay, console, estimate_tokens, open_session, stream_answer, warn
+from senri.cli.read import check_output
 
 if TYPE_CHECKING:
     from senri.session import Session
@@ -60,6 +61,7 @@ def _turn(session: Session, line: str) -> None:
             display = ReadingDisplay(estimate_tokens(path))
             display.finish(session.read_file(path, display))
         elif name == "/save":
+            check_output(path, exists_ok=False)
             session.save(path)
             console.print(f"saved {path}")
         elif name == "/memory":

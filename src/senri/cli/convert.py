@@ -32,6 +32,7 @@ def command(
     import transformers
 
     from senri.data import iter_text
+    from senri.hf.base import load_base_config
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -39,6 +40,7 @@ def command(
         raise ValueError(f"{output} exists: name another place")
     for text in texts or []:
         iter_text(text)
+    load_base_config(source)  # complains before anything is loaded; about a Senri model too
     config = ConfigManager()
     convert(source, output, texts or [], config)
 
@@ -48,14 +50,14 @@ def convert(source: str, output: Path, texts: list[Path], config: ConfigManager)
     from senri.data import iter_pieces, iter_text, iter_tokens
     from senri.hf.adapter import save_adapter
     from senri.hf.base import load_model
-    from senri.hf.calibrate import calibrate
+    from senri.hf.calibrate import REPEAT_BEYOND, calibrate
 
     # model.yaml describes its own base; another source gets the preset of its architecture
     overrides = config.senri_overrides() if source == config.base_model_name else {}
     model, tokenizer = load_model(source, config.model.dtype, "none", **overrides)
     notes: dict[str, Any] = {"base": source, "calibration_texts": [t.name for t in texts]}
     if texts:
-        wanted = config.experiment.calibration.num_tokens + model.config.sliding_window_size + 1024
+        wanted = config.experiment.calibration.num_tokens + model.config.sliding_window_size + REPEAT_BEYOND
         ids: list[int] = []
         for text in texts:
             ids += next(iter_pieces(iter_tokens(iter_text(text), tokenizer), -(-wanted // len(texts))), [])

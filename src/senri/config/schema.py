@@ -121,7 +121,6 @@ class DemoConfig(Section):
     """`demo` of experiment.yaml."""
 
     num_tokens: Positive
-    piece_size: Positive
 
 
 class ExperimentConfig(Section):

@@ -12,7 +12,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from senri.hf.convert import convert_to_senri
-from senri.hf.memory_file import write_atomically
+from senri.hf.memory_file import fingerprint, write_atomically
 from senri.hf.modeling_senri import SenriForCausalLM
 
 # What an adapter's weights depend on; the rest of the configuration is the base's.
@@ -41,13 +41,22 @@ def adapter_weights(model: SenriForCausalLM) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if ".memory." in name}
 
 
+def base_fingerprint(model: SenriForCausalLM) -> str:
+    """Fingerprint of the weights that an adapter goes onto: all but the added ones."""
+    return fingerprint((name, p) for name, p in model.named_parameters() if ".memory." not in name)
+
+
 def save_adapter(model: SenriForCausalLM, path: str | Path, **notes: Any) -> None:
     """Write the added weights (bfloat16) with the configuration they need; ``notes`` are JSON values kept beside it.
 
     Raises:
         MemoryFileError: the file cannot be written; nothing is left behind.
     """
-    header = {"config": {name: getattr(model.config, name) for name in CONFIG_FIELDS}, "notes": notes}
+    header = {
+        "config": {name: getattr(model.config, name) for name in CONFIG_FIELDS},
+        "base_fingerprint": base_fingerprint(model),
+        "notes": notes,
+    }
     tensors = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in adapter_weights(model).items()}
     write_atomically(Path(path), serialize(tensors, metadata={"senri_adapter": json.dumps(header)}))
 
@@ -80,16 +89,18 @@ def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriF
     Raises:
         ValueError: no adapter file, or one for another base model.
     """
-    config = {**read_adapter_header(path)["config"], **config_overrides}
+    header = read_adapter_header(path)
     try:
-        model = convert_to_senri(base, **config)
+        model = convert_to_senri(base, **{**header["config"], **config_overrides})
     except ValueError as error:
         raise ValueError(f"the adapter {path} does not fit this base model: {error}") from None
+    if base_fingerprint(model) != header["base_fingerprint"]:
+        raise ValueError(f"{path} is an adapter for another base model: its base_fingerprint differs")
     ours = adapter_weights(model)
     with safe_open(path, framework="pt") as file:
         theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if {n: t.shape for n, t in theirs.items()} != {n: p.shape for n, p in ours.items()}:
-        raise ValueError(f"{path} is an adapter for another base model: its weights do not fit")
+        raise ValueError(f"{path} does not fit its own configuration: it is damaged, make it again")
     for name, parameter in ours.items():
         parameter.copy_(theirs[name])
     return model

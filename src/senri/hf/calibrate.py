@@ -19,6 +19,7 @@ from senri.hf.modeling_senri import SenriForCausalLM
 from senri.layers import MemoryAttention
 
 RIDGE = 1e-3  # of the mean variance, added to every direction: keeps unseen directions from being blown up
+REPEAT_BEYOND = 1024  # tokens beyond the window that the passage read twice has
 BOOSTS = (
     0.5,
     1.0,
@@ -67,7 +68,7 @@ def calibrate(
     if not model.config.num_memory_layers:
         raise ValueError("num_memory_layers is 0: there is no memory to calibrate")
     if repeat_tokens is None:
-        repeat_tokens = model.config.sliding_window_size + 1024
+        repeat_tokens = model.config.sliding_window_size + REPEAT_BEYOND
     ids = _token_ids(texts, tokenizer, num_tokens + repeat_tokens)
     hidden_size = model.config.hidden_size
     if ids.numel() < 4 * hidden_size:
@@ -103,7 +104,7 @@ def _token_ids(texts: Any, tokenizer: Any, limit: int) -> Tensor:
 
 
 def _layer_inputs(model: SenriForCausalLM, ids: Tensor) -> dict[int, Tensor]:
-    """Normalised inputs ``[tokens, hidden]`` of every memory layer while ``ids`` is read, memories silent."""
+    """Normalised inputs ``[tokens, hidden]`` of every memory layer while ``ids`` is read."""
     seen: dict[int, list[Tensor]] = {index: [] for index in model.config.memory_layers}
     hooks = [
         cast(nn.Module, model.model.layers[index].input_layernorm).register_forward_hook(

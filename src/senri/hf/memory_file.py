@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import Tensor
 
 from senri.hf.cache import ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
@@ -41,10 +42,10 @@ class MemoryFileError(ValueError):
     """A memory file that cannot be used or written; the message is one line."""
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all weights, rounded to bfloat16 so that a model has one fingerprint in every precision."""
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of named weights, rounded to bfloat16 so that a model has one fingerprint in every precision."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in sorted(parameters):
         digest.update(name.encode())
         digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
     return digest.hexdigest()[:32]

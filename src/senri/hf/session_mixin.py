@@ -189,7 +189,7 @@ class SessionMixin:
     def _header(self, tokenizer: Any) -> dict[str, Any]:
         return {
             **memory_file.expected_header(self.config),
-            "model_fingerprint": memory_file.model_fingerprint(self.model),
+            "model_fingerprint": memory_file.fingerprint(self.model.named_parameters()),
             "tokenizer_fingerprint": None if tokenizer is None else memory_file.tokenizer_fingerprint(tokenizer),
         }
 

@@ -108,8 +108,9 @@ class MemoryAttention(nn.Module):
             if linear.in_features == linear.out_features:
                 nn.init.eye_(linear.weight)
             else:  # in float32: QR knows no half precision
-                start = torch.empty(linear.weight.shape, device=linear.weight.device, dtype=torch.float32)
-                nn.init.orthogonal_(start)
+                start = torch.empty(linear.weight.shape, device="cpu", dtype=torch.float32)
+                # one matrix for all: equal states give equal keys and queries, and every process the same model
+                nn.init.orthogonal_(start, generator=torch.Generator("cpu").manual_seed(0))
                 linear.weight.copy_(start)
             nn.init.zeros_(linear.bias)
         if self.taps > 1:
