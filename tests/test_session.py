@@ -83,11 +83,14 @@ def fed(model):
 # reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [None, 1, 31, 32, 100, 10**6])
-def test_a_file_is_read_to_its_end_or_limit(session, book, ids, fed, limit):
+@pytest.mark.parametrize("length", [None, 1, 31, 32, 100])
+def test_a_text_is_read_to_its_end(session, book, ids, fed, length):
     reports = []
-    last = session.read_file(book, reports.append, limit=limit)
-    expected = ids[:limit]
+    expected = ids[:length]
+    if length is None:
+        last = session.read_file(book, reports.append)
+    else:
+        last = session.read_tokens(iter([expected]), "book.txt", reports.append)
     assert fed == expected
     assert session.state.tokens_read == [len(expected)]
     assert [now.tokens for now in reports] == [*range(PIECE, len(expected), PIECE), len(expected)]
@@ -105,8 +108,8 @@ def test_a_file_is_read_to_its_end_or_limit(session, book, ids, fed, limit):
 
 
 def test_texts_add_up(session, book, ids):
-    session.read_file(book, limit=100)
-    session.read_file(book, limit=50)
+    session.read_tokens(iter([ids[:100]]), "book.txt")
+    session.read_tokens(iter([ids[:50]]), "book.txt")
     assert session.state.tokens_read == [150], "a finished reading is not gone on with"
     assert session.notes["read_tokens"] == 50
     with pytest.raises(TextError, match="an empty list is empty: there is nothing to read"):

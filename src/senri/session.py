@@ -27,6 +27,63 @@ class ReadingStopped(Exception):
         self.reason, self.tokens = reason, tokens
 
 
+class _Ledger:
+    """Which tokens of one text the state holds: how many, and their digest, so that a reading can be resumed.
+
+    Args:
+        source: names the text.
+        done, expected: tokens read by an earlier call, and their digest.
+    """
+
+    def __init__(self, source: str, done: int = 0, expected: str | None = None) -> None:
+        self.source, self.done, self.expected = source, done, expected
+        self.digest = hashlib.sha256()
+        self.fresh: list[int] = []  # given to the model, not counted yet
+        self.counted = 0  # read by this call
+
+    def unread(self, pieces: Iterator[list[int]]) -> Iterator[list[int]]:
+        """The pieces without what was read before, which must be the same.
+
+        Raises:
+            TextError: it is not.
+        """
+        seen = 0
+        for piece in pieces:
+            if seen < self.done:
+                known, piece = piece[: self.done - seen], piece[self.done - seen :]
+                self._update(known)
+                seen += len(known)
+                if seen == self.done and self.digest.hexdigest() != self.expected:
+                    break
+            if piece:
+                self.fresh.extend(piece)
+                yield piece
+        else:
+            if seen == self.done:
+                return
+        raise TextError(f"{self.source} is not the text whose reading was stopped: name that one")
+
+    def count(self, tokens: int) -> bool:
+        """The state holds ``tokens`` of this call by now; returns whether that is news."""
+        news = tokens - self.counted
+        self._update(self.fresh[:news])
+        del self.fresh[:news]
+        self.counted = tokens
+        return news > 0
+
+    def notes(self, *, complete: bool) -> dict[str, Any]:
+        """What a saved memory says of its reading."""
+        return {
+            "source": Path(self.source).name,
+            "read_tokens": self.done + self.counted,
+            "read_digest": self.digest.hexdigest(),
+            "complete": complete,
+        }
+
+    def _update(self, ids: list[int]) -> None:
+        self.digest.update(torch.tensor(ids, dtype=torch.int32).numpy().tobytes())
+
+
 class Session:
     """Read, ask, chat, save, load.
 
@@ -63,71 +120,35 @@ class Session:
         self,
         path: str | Path,
         progress: Callable[[ReadProgress], None] | None = None,
-        *,
-        limit: int | None = None,
     ) -> ReadProgress:
         """Read a UTF-8 file (``-``: standard input) to its end and flush.
 
         Goes on where a reading stopped: after :meth:`resume`, or when the same source is read again.
 
-        Args:
-            limit: stop after this many tokens.
-
         Raises:
             TextError: nothing of the file could be read; or it is not the text whose reading is resumed.
             ReadingStopped: Ctrl-C, or a fault in the middle of the file.
         """
-        return self.read_tokens(iter_tokens(iter_text(path), self.tokenizer), str(path), progress, limit=limit)
+        return self.read_tokens(iter_tokens(iter_text(path), self.tokenizer), str(path), progress)
 
     def read_tokens(
         self,
         tokens: Iterator[list[int]],
         source: str,
         progress: Callable[[ReadProgress], None] | None = None,
-        *,
-        limit: int | None = None,
     ) -> ReadProgress:
         """As :meth:`read_file`, from a stream of token ids; ``source`` names it in messages and in the saved file."""
-        digest = hashlib.sha256()
         stopped = not self.notes.get("complete", True)
         goes_on = stopped and (self._resumed or self.notes["source"] == Path(source).name)
-        done, expected = (self.notes["read_tokens"], self.notes["read_digest"]) if goes_on else (0, None)
-        fresh: list[int] = []  # given to the model, not in the digest yet
-
-        def pieces() -> Iterator[list[int]]:
-            seen = 0
-            for piece in iter_pieces(tokens, self.piece_size):
-                piece = piece[: limit - seen] if limit is not None else piece
-                if seen < done:
-                    known, piece = piece[: done - seen], piece[done - seen :]
-                    _update(digest, known)
-                    seen += len(known)
-                    if seen == done and digest.hexdigest() != expected:
-                        break
-                seen += len(piece)
-                if piece:
-                    fresh.extend(piece)
-                    yield piece
-                if limit is not None and seen >= limit:
-                    return
-            else:
-                if seen >= done:
-                    return
-            raise TextError(f"{source} is not the text whose reading was stopped: name that one")
-
+        ledger = _Ledger(source, self.notes["read_tokens"], self.notes["read_digest"]) if goes_on else _Ledger(source)
         before = sum(self.model.session.tokens_read) if self.model.session is not None else 0
-        counted = 0
 
         def account() -> int:
             """Note what the state holds of this text by now, and return how many tokens this call brought."""
-            nonlocal counted
-            if self.model.session is None or (now := sum(self.state.tokens_read) - before) == counted:
-                return counted
-            _update(digest, fresh[: now - counted])
-            del fresh[: now - counted]
-            counted, self._unfed = now, None  # a conversation before it is over
-            self._note(source, done + counted, digest, complete=False)
-            return counted
+            if self.model.session is not None and ledger.count(sum(self.state.tokens_read) - before):
+                self._unfed = None  # a conversation before it is over
+                self.notes = ledger.notes(complete=False)
+            return ledger.counted
 
         def after_piece(now: ReadProgress) -> None:
             account()
@@ -136,28 +157,19 @@ class Session:
 
         last = ReadProgress(0, None, 0.0, 0)
         try:
-            stream = pieces()
+            stream = ledger.unread(iter_pieces(tokens, self.piece_size))
             if (first := next(stream, None)) is not None:
                 blocks = itertools.chain([first], stream)
                 last = self.model.read(blocks, piece_size=self.piece_size, progress=after_piece)
-            elif not done:  # else all was read already, and only the end is missing
+            elif not ledger.done:  # else all was read already, and only the end is missing
                 raise TextError(f"{source} is empty: there is nothing to read")
             self.model.flush()
         except (KeyboardInterrupt, TextError, OSError) as error:
             if not account():
                 raise
-            raise ReadingStopped(str(error) or "interrupted", done + counted) from None
-        self._note(source, done + counted, digest, complete=True)
-        self._resumed = False
-        return last._replace(state_bytes=self.state.nbytes) if not counted else last
-
-    def _note(self, source: str, tokens: int, digest: Any, *, complete: bool) -> None:
-        self.notes = {
-            "source": Path(source).name,
-            "read_tokens": tokens,
-            "read_digest": digest.hexdigest(),
-            "complete": complete,
-        }
+            raise ReadingStopped(str(error) or "interrupted", ledger.done + ledger.counted) from None
+        self.notes, self._resumed = ledger.notes(complete=True), False
+        return last if ledger.counted else last._replace(state_bytes=self.state.nbytes)
 
     # answering ------------------------------------------------------------------------------------------------
 
@@ -284,7 +296,3 @@ class Session:
 
 def _emptied(memory: Any) -> Any:
     return map_tensors(torch.zeros_like, memory)
-
-
-def _update(digest: Any, ids: list[int]) -> None:
-    digest.update(torch.tensor(ids, dtype=torch.int32).numpy().tobytes())
