@@ -19,7 +19,7 @@ from senri.hf.session_mixin import ReadProgress
 from senri.memory.state import map_tensors
 
 
-class ReadingStopped(Exception):
+class ReadingStopped(RuntimeError):
     """A reading ended early; what was read is in the session, unflushed, ready to be saved and resumed."""
 
     def __init__(self, reason: str, tokens: int) -> None:

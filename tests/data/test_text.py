@@ -1,6 +1,7 @@
 """Text as a stream: the same characters, tokens and pieces as of the whole text at once."""
 
 import io
+import itertools
 import random
 import sys
 from types import SimpleNamespace
@@ -174,3 +175,17 @@ def test_the_file_is_closed_when_reading_stops_early(tmp_path):
     texts = iter_text(write(tmp_path, b"a" * 3 * FILE_BLOCK))
     next(texts)
     texts.close()  # a file left open would be a ResourceWarning, and warnings are errors here
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text(real_text):
+    """SentencePiece's way (Llama 2, TinyLlama): only the first block may get that space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    text = real_text[:200_000]
+    backend.train_from_iterator([text[:20_000]], trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    assert list(itertools.chain.from_iterable(iter_tokens([text], tokenizer))) == whole

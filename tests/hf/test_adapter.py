@@ -121,3 +121,12 @@ def test_an_adapter_is_written_whole_or_not_at_all(saved, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     with safe_open(path, "pt") as file:
         assert list(file.metadata()) == ["senri_adapter"]
+
+
+def test_a_model_wrapped_by_peft_is_refused(saved, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = saved[0]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(ValueError, match="wrapped by PEFT"):
+        save_adapter(wrapped.base_model.model, tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()

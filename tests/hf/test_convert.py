@@ -146,3 +146,19 @@ def test_dtypes_by_name():
     with pytest.raises(ValueError, match="dtype 'float16' is not one of: auto, float32, bfloat16"):
         resolve_dtype("float16")
     assert senri.convert_to_senri is convert_to_senri
+
+
+def test_grouped_memory_heads_start_matched(make_senri):
+    """GQA: query head h reads memory h // G, in q_proj and in the head read-out's way back."""
+    model = make_senri(
+        random=False, memory_readout="head", memory_num_heads=4, memory_num_key_value_heads=2, memory_head_dim=8
+    )
+    memory = next(iter(model.model.memories.values()))
+    keys, queries = (w.unflatten(0, (-1, 8)) for w in (memory.k_proj.weight, memory.q_proj.weight))
+    for head in range(4):
+        assert torch.equal(queries[head], keys[head // 2])
+    values = memory.v_proj.weight.unflatten(0, (-1, 8))
+    stored = torch.randn(32, dtype=values.dtype)
+    read = torch.cat([values[head // 2] @ stored for head in range(4)])
+    expected = memory.v_proj.weight.T @ (memory.v_proj.weight @ stored)  # its projection on what the heads hold
+    torch.testing.assert_close(memory.o_proj(read), expected)

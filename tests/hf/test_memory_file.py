@@ -244,3 +244,12 @@ def test_a_place_that_cannot_be_written(saved, tmp_path):
     with pytest.raises(MemoryFileError, match="cannot write"):
         model.save_memory(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.senri"]
+
+
+def test_a_model_that_rotates_otherwise_is_refused(make_senri, tokens, tmp_path):
+    model = make_senri()
+    model.read(tokens(1, 40))
+    model.save_memory(tmp_path / "a.senri")
+    model.config.rms_norm_eps *= 10
+    with pytest.raises(MemoryFileError, match="rms_norm_eps is"):
+        model.load_memory(tmp_path / "a.senri")

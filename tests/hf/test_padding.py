@@ -158,3 +158,14 @@ def test_padding_in_the_middle_of_a_text_is_refused_and_changes_nothing(make_sen
         model.model(ids[:, :4], past_key_values=cache)
     model.model(ids[:, :4], attention_mask=torch.tensor([[1] * 4, [0] * 4]), past_key_values=cache)
     assert cache.tokens_read == [16, 10]
+
+
+def test_packed_documents_with_a_mask_of_ones(make_senri, tokens):
+    model = make_senri()
+    ids = tokens(1, 12)
+    positions = torch.tensor([[*range(6), *range(6)]])
+    packed = model(ids, position_ids=positions, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    alone = model(ids[:, 6:], output_hidden_states=True)
+    torch.testing.assert_close(packed.logits[:, 6:], alone.logits, rtol=0, atol=1e-10)
+    for packed_layer, alone_layer in zip(packed.hidden_states, alone.hidden_states, strict=True):
+        torch.testing.assert_close(packed_layer[:, 6:], alone_layer, rtol=0, atol=1e-10)

@@ -69,8 +69,9 @@ def test_a_checkpoint_without_memory_gets_silent_ones(make_senri, tokens, tmp_pa
         assert torch.equal(parameter, source.state_dict()[key].to(dtype)), key
     assert new.o_proj.weight.abs().max() == 0
     assert new.q_proj.bias.abs().max() == 0
-    product = (new.q_proj.weight @ new.q_proj.weight.T).float()  # 24 x 32: orthonormal rows
-    torch.testing.assert_close(product, torch.eye(24), rtol=0, atol=0.02)
+    product = (new.k_proj.weight @ new.k_proj.weight.T).float()  # orthonormal rows
+    torch.testing.assert_close(product, torch.eye(len(product)), rtol=0, atol=0.02)
+    assert torch.equal(new.q_proj.weight, new.for_query_heads(new.k_proj.weight))
 
 
 @torch.no_grad()

@@ -194,3 +194,38 @@ def test_after_flush_only_the_memory_knows(make_senri, tokens):
         heard = (model(question).logits - plain).abs().max()
         # rotary phases are relative: without memory nothing of the text is left
         assert heard > 1e-2 if random else heard < 1e-6
+
+
+def test_a_row_that_ends_early_is_not_written_further(make_senri, tokens):
+    model = make_senri(sliding_window_size=4)
+    ids = tokens(2, 6)
+    made = model.generate(ids, max_new_tokens=12, do_sample=False)
+    eos = int(made[0, 8])  # row 0 ends at its third new token at the latest
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
+    alone = []
+    for row in range(2):
+        model.reset_memory()
+        model.generate(ids[row : row + 1], **options)
+        alone.append(model.session)
+    model.reset_memory(2)
+    model.generate(ids, **options)
+    assert model.session.tokens_read == [alone[0].tokens_read[0], alone[1].tokens_read[0]]
+    assert model.session.tokens_read[0] <= 8
+    together = model.session.named_tensors()
+    for row in range(2):
+        single = alone[row].named_tensors()
+        if row == 1:  # the row that went on to the end has the same state as alone
+            for name, tensor in together.items():
+                torch.testing.assert_close(tensor[1:], single[name], rtol=0, atol=1e-9, msg=name)
+
+
+def test_a_state_of_another_precision_is_converted(make_senri, tokens):
+    model = make_senri().float()
+    model.reset_memory()
+    model.read(tokens(1, 50))
+    state = model.get_memory_state()
+    model.bfloat16()
+    model.set_memory_state(state)
+    model(tokens(1, 3))
+    assert model.session.state.layers[0].keys.dtype == torch.bfloat16
+    assert model.session.state.layers[1].memory.memory.M.dtype == torch.float32

@@ -284,6 +284,7 @@ def test_state_knows_its_size_and_moves():
         ({"rule": "delta_token", "log_alpha": torch.zeros(1, 4, 2)}, "has no forget gate"),
         ({"delay": -1}, "delay must be >= 0"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens needs one packed row"),
+        ({"cu_seqlens": torch.tensor([1, 4])}, "must begin at 0"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -296,3 +297,44 @@ def test_shapes_that_do_not_fit_are_named():
     q = torch.randn(1, 4, 3, 4)
     with pytest.raises(ValueError, match="do not fit"):
         scan(q, q[:, :, :2], q[:, :, :2])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_autocast_does_not_reach_the_state(rule):
+    gen = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 64, 2, 8, generator=gen)
+    out, state = scan(q, q, q, rule=rule)
+    with torch.autocast("cpu", torch.bfloat16):
+        out_autocast, state_autocast = scan(q, q, q, rule=rule)
+    assert torch.equal(out, out_autocast)
+    assert torch.equal(state.M, state_autocast.M)
+
+
+def test_a_gate_of_exactly_zero_forgets_everything():
+    gen = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 6, 1, 4, generator=gen, dtype=torch.float64)
+    log_alpha = torch.zeros(1, 6, 1, dtype=torch.float64)
+    log_alpha[:, [2, 3]] = -torch.inf
+    for rule in ("linear", "gated_delta"):
+        out, _ = scan(q, q, q, rule=rule, log_alpha=log_alpha)
+        fresh, _ = scan(q[:, 3:], q[:, 3:], q[:, 3:], rule=rule)
+        torch.testing.assert_close(out[:, 3:], fresh, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"rule": "delta_token"}, {"rule": "linear"}, "made by another rule than 'linear'"),
+        ({"rule": "linear"}, {"rule": "delta"}, "made by another rule than 'delta'"),
+        ({"delay": 4}, {"delay": 2}, "made with delay=4, not 2"),
+        ({"delay": 4}, {"delay": 0}, "made with delay=4, not 0"),
+        ({"delay": 2}, {"delay": 2, "beta": torch.ones(2, 6, 1)}, "made with other gates"),
+    ],
+)
+def test_a_state_goes_on_only_as_it_was_made(first, then, message):
+    q = torch.randn(2, 6, 1, 4)
+    _, state = scan(q, q, q, **first)
+    with pytest.raises(ValueError, match=message):
+        scan(q, q, q, state, **then)
+    with pytest.raises(ValueError, match=r"the state has 2 row\(s\), the input 1"):
+        scan(q[:1], q[:1], q[:1], state, **first)

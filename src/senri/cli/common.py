@@ -43,12 +43,12 @@ def open_session(config: ConfigManager | None = None) -> Session:
         from senri.hf.base import load_model
         from senri.session import Session
 
-        # before the model is made: added weights that no file brings are random, and the memory of one process must
-        # fit the model of the next
-        torch.manual_seed(config.experiment.seed)
         model, tokenizer = load_model(
             config.base_model_name, config.model.dtype, config.model.adapter, **config.senri_overrides()
         )
+        if torch.cuda.is_available():
+            model.cuda()
+        torch.manual_seed(config.experiment.seed)  # for sampling
     generation = config.experiment.generation
     options: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "do_sample": generation.do_sample}
     if generation.do_sample:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from senri.cli.common import console
+from senri.cli.read import check_output
 from senri.config import ConfigManager
 
 NAME = "convert"
@@ -38,6 +39,7 @@ def command(
     transformers.utils.logging.disable_progress_bar()
     if output.exists():
         raise ValueError(f"{output} exists: name another place")
+    check_output(output, exists_ok=False)
     for text in texts or []:
         iter_text(text)
     load_base_config(source)  # complains before anything is loaded; about a Senri model too
@@ -49,12 +51,14 @@ def convert(source: str, output: Path, texts: list[Path], config: ConfigManager)
     """Load, convert with model.yaml's settings (those that fit the source's own preset), calibrate, save."""
     from senri.data import iter_pieces, iter_text, iter_tokens
     from senri.hf.adapter import save_adapter
-    from senri.hf.base import load_model
+    from senri.hf.base import load_model, new_folder
     from senri.hf.calibrate import REPEAT_BEYOND, calibrate
 
     # model.yaml describes its own base; another source gets the preset of its architecture
     overrides = config.senri_overrides() if source == config.base_model_name else {}
-    model, tokenizer = load_model(source, config.model.dtype, "none", **overrides)
+    model, tokenizer = load_model(
+        source, None if config.model.dtype == "auto" else config.model.dtype, "none", **overrides
+    )
     notes: dict[str, Any] = {"base": source, "calibration_texts": [t.name for t in texts]}
     if texts:
         wanted = config.experiment.calibration.num_tokens + model.config.sliding_window_size + REPEAT_BEYOND
@@ -71,7 +75,8 @@ def convert(source: str, output: Path, texts: list[Path], config: ConfigManager)
     if output.suffix == ".safetensors":
         save_adapter(model, output, **notes)
     else:
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        with new_folder(output) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
     memory = sum(p.numel() for n, p in model.named_parameters() if ".memory." in n)
     console.print(f"saved {output}: {memory / 1e6:.2f}M added parameters in layers {model.config.memory_layers}")

@@ -14,7 +14,8 @@ import psutil
 import typer
 from rich.table import Table
 
-from senri.cli.common import ReadingDisplay, console, open_session
+from senri.cli.common import ReadingDisplay, console, open_session, warn
+from senri.cli.read import check_space, save
 from senri.config import ConfigManager
 
 if TYPE_CHECKING:
@@ -36,21 +37,22 @@ def command(
     folder.mkdir(parents=True, exist_ok=True)
     memory = folder / "bible.senri"
     session = open_session(config)
-    describe(session)
+    describe(session, config.base_model_name)
     with console.status("tokenizing ..."):
         ids = planted_text(session, None if full else config.experiment.demo.num_tokens)
-    read(session, ids)
-    session.save(memory)
+    check_space(memory, session)
+    read(session, ids, memory)
+    memory = save(session, memory)
     console.print(f"saved {memory}: {memory.stat().st_size / 1e6:.2f} MB\n")
     recall_table(session, ids)
     ask_in_new_process(memory)
 
 
-def describe(session: Session) -> None:
+def describe(session: Session, name: str) -> None:
     """What is about to read."""
     config = session.model.config
     console.print(
-        f"SmolLM2-135M-Instruct as a Senri model: window {config.sliding_window_size} tokens in all "
+        f"{name} as a Senri model: window {config.sliding_window_size} tokens in all "
         f"{config.num_hidden_layers} layers, memory ({config.update_rule}, {config.memory_num_heads} x "
         f"{config.memory_head_dim}) in layer {', '.join(map(str, config.memory_layers))}, {session.model.dtype}"
     )
@@ -67,8 +69,9 @@ def planted_text(session: Session, limit: int | None) -> list[int]:
     return ids[:middle] + needle + ids[middle:]
 
 
-def read(session: Session, ids: list[int]) -> None:
-    """Read with speed and state size on show; the state's size at the end is that of the start."""
+def read(session: Session, ids: list[int], memory: Path) -> None:
+    """Read with speed and state size on show; stopped by Ctrl-C, what was read is kept in ``memory``."""
+    from senri.session import ReadingStopped
 
     def blocks() -> Iterator[list[int]]:
         yield from (ids[i : i + 4096] for i in range(0, len(ids), 4096))
@@ -77,7 +80,11 @@ def read(session: Session, ids: list[int]) -> None:
         f"reading the King James Bible, {len(ids):,} tokens; a key is planted in the middle: {NEEDLE.strip()}"
     )
     display = ReadingDisplay(len(ids))
-    now = session.read_tokens(blocks(), "King James Bible", display)
+    try:
+        now = session.read_tokens(blocks(), "King James Bible", display)
+    except ReadingStopped as stop:
+        warn(f"stopped after {stop.tokens:,} tokens: {stop.reason}. They are kept in {save(session, memory)}")
+        raise typer.Exit(130) from None
     display.finish(now)
     peak = psutil.Process().memory_info().rss / 1e6
     state = session.state

@@ -30,6 +30,8 @@ def command(
     from senri.session import ReadingStopped
 
     check_output(output, exists_ok=overwrite or resume)
+    if output.exists() and text.exists() and output.samefile(text):
+        raise ValueError(f"{output} is the text itself: name another file for the memory")
     iter_text(text)  # complains before the model is loaded
     session = open_session()
     if resume:

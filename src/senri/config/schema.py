@@ -13,6 +13,7 @@ UpdateRule = Literal["linear", "delta", "delta_token", "gated_delta"]
 FeatureMap = Literal["elu_plus_one", "relu", "identity", "dpfp", "hedgehog"]
 MemoryReadout = Literal["layer", "head"]
 MemoryGate = Literal["additive", "infini"]
+Store = Literal["single"]
 WriteGate = Literal["none", "hidden", "surprise"]
 Trainable = Literal["memory", "memory+lora", "all"]
 
@@ -57,6 +58,7 @@ class SenriOverrides(TypedDict, total=False):
     first_memory_layer: Count
     memory_layer_interval: Positive
     memory_num_heads: Positive
+    memory_num_key_value_heads: Positive
     memory_head_dim: Positive
     update_rule: UpdateRule
     feature_map: FeatureMap | None
@@ -64,6 +66,7 @@ class SenriOverrides(TypedDict, total=False):
     memory_gate: MemoryGate
     memory_conv_size: Count
     write_gate: WriteGate
+    store: Store
 
 
 class ModelConfig(Section):

@@ -101,6 +101,10 @@ def _last_safe_cut(text: str) -> int | None:
 
 
 def _encode(text: str, tokenizer: Any, first: bool) -> list[int]:
+    if not first and text.startswith(" "):
+        # Some tokenizers (SentencePiece's) put a space before every text: here before a word that is dropped again.
+        word = len(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+        return tokenizer("a" + text, add_special_tokens=False, verbose=False)["input_ids"][word:]
     return tokenizer(text, add_special_tokens=first, verbose=False)["input_ids"]
 
 

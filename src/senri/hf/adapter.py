@@ -50,8 +50,11 @@ def save_adapter(model: SenriForCausalLM, path: str | Path, **notes: Any) -> Non
     """Write the added weights (bfloat16) with the configuration they need; ``notes`` are JSON values kept beside it.
 
     Raises:
+        ValueError: the model is wrapped by PEFT.
         MemoryFileError: the file cannot be written; nothing is left behind.
     """
+    if any("lora_" in name or "base_layer" in name for name, _ in model.named_parameters()):
+        raise ValueError("the model is wrapped by PEFT: merge_and_unload() it first, or save PEFT's adapter with PEFT")
     header = {
         "config": {name: getattr(model.config, name) for name in CONFIG_FIELDS},
         "base_fingerprint": base_fingerprint(model),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def load_base(
 
 def load_model(
     name: str | Path = BASE_NAME,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str | None = "auto",
     adapter: str | Path = "default",
     **config_overrides: Any,
 ) -> tuple[SenriForCausalLM, Any]:
@@ -63,7 +65,7 @@ def load_model(
 
     Args:
         name: the pip-shipped base's name, a directory (of a base or of a Senri model), a hub name, a ``.gguf`` file.
-        dtype: see :func:`load_base`.
+        dtype: see :func:`load_base`; None keeps the one that the weights are stored in.
         adapter: ``default``: the one that ships for this base, if any; ``none``; or an adapter file.
         config_overrides: fields of :class:`SenriConfig`. A Senri directory and an adapter bring their own: only
             what changes no weight (the window, the chunk size) may differ from them.
@@ -72,7 +74,8 @@ def load_model(
         ValueError: no such model or adapter, or they do not fit each other.
     """
     place = base_directory() if str(name) == BASE_NAME else name
-    dtype, kind = resolve_dtype(dtype), _base_config(place)
+    kind = _base_config(place)
+    dtype = None if dtype is None else resolve_dtype(dtype)
     if kind.model_type != "senri" and "gguf_file" not in gguf_location(place):
         check_architecture(kind)
     tokenizer = load_tokenizer(place)
@@ -80,14 +83,15 @@ def load_model(
         if adapter not in ("default", "none"):
             raise ValueError(f"{place} is a Senri model with a memory of its own: set adapter to none, not {adapter}")
         free = {k: v for k, v in config_overrides.items() if k in _FREE_FIELDS}
-        model = SenriForCausalLM.from_pretrained(place, dtype=dtype, **free)
+        model = SenriForCausalLM.from_pretrained(place, dtype=dtype or "auto", **free)
         check_same(model.config.to_dict(), config_overrides, f"the model in {place}", "leave it out")
         return model.eval(), tokenizer
     if adapter == "default":
         shipped = ADAPTERS / f"{name}.safetensors"
         # a name may be a path, whose neighbour is no adapter that ships
         adapter = shipped if shipped.parent == ADAPTERS and shipped.is_file() else "none"
-    base = load_pretrained(place).to(dtype)
+    base = load_pretrained(place)
+    base = base if dtype is None else base.to(dtype)
     if adapter == "none":
         return convert_to_senri(base, **config_overrides), tokenizer
     fixed, owner = read_adapter_header(adapter)["config"], f"the adapter {Path(adapter).name}"
@@ -150,9 +154,18 @@ def base_directory() -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
-    try:
+    with new_folder(target) as scratch:
         _export(gguf, scratch)
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``target`` when all in it was written; otherwise nothing is left behind."""
+    scratch = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=".making-"))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
         try:
             os.rename(scratch, target)
         except OSError:  # another process was first
@@ -160,7 +173,6 @@ def base_directory() -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return target
 
 
 def _find_gguf() -> Path:

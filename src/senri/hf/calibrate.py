@@ -77,6 +77,13 @@ def calibrate(
     statistics, repeated = ids[:-passage], ids[-passage:]
     training = model.training
     model.eval()
+    try:
+        return _calibrate(model, statistics, repeated)
+    finally:
+        model.train(training)
+
+
+def _calibrate(model: SenriForCausalLM, statistics: Tensor, repeated: Tensor) -> CalibrationReport:
     inputs = _layer_inputs(model, statistics)
     embeddings = F.embedding(statistics.to(model.device), model.model.embed_tokens.weight).double()
     for index, hidden in inputs.items():
@@ -88,7 +95,6 @@ def calibrate(
     loss_without, loss_with = float("nan"), float("nan")
     if model.config.memory_readout == "head":
         gates, loss_without, loss_with = _choose_read_gates(model, repeated)
-    model.train(training)
     return CalibrationReport(statistics.numel(), gates, loss_without, loss_with)
 
 
@@ -133,11 +139,8 @@ def _whiten(memory: MemoryAttention, hidden: Tensor) -> None:
     rows = (directions * scale).mT[:width]
     # every head gets directions of all sizes, not one head the largest ones
     rows = rows.unflatten(0, (memory.head_dim, memory.num_key_value_heads)).transpose(0, 1)  # [H, D, hidden]
-    groups = memory.num_heads // memory.num_key_value_heads
-    for linear, weight in (
-        (memory.k_proj, rows.flatten(0, 1)),
-        (memory.q_proj, rows.repeat_interleave(groups, 0).flatten(0, 1)),
-    ):
+    keys = rows.flatten(0, 1)
+    for linear, weight in ((memory.k_proj, keys), (memory.q_proj, memory.for_query_heads(keys))):
         linear.weight.copy_(weight)
         linear.bias.copy_(-weight @ mean)
 

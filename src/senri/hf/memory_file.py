@@ -25,6 +25,8 @@ FORMAT_VERSION = 1
 _MUST_MATCH = (
     "format_version",
     "base",
+    "rope_parameters",
+    "rms_norm_eps",
     "sliding_window_size",
     "memory_layers",
     "update_rule",
@@ -63,6 +65,8 @@ def expected_header(config: SenriConfig) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "base": f"{config.num_hidden_layers} layers of {config.hidden_size}",
+        "rope_parameters": config.rope_parameters,
+        "rms_norm_eps": config.rms_norm_eps,
         "sliding_window_size": config.sliding_window_size,
         "memory_layers": config.memory_layers,
         "update_rule": config.update_rule,
@@ -148,7 +152,7 @@ def load(path: str | Path, cache: SenriCache, empty: ModelState, expected: dict[
         raise MemoryFileError(
             f"{path} was read with another tokenizer: tokenizer_fingerprint is {theirs!r} in the file, {ours!r} here"
         )
-    cache.state = _restore(empty, tensors)
+    cache.state = restore(empty, tensors)
     cache.columns, cache.has_padding = header["columns"], header["has_padding"]
     return header
 
@@ -170,8 +174,12 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise MemoryFileError(f"{path} is no Senri memory, or truncated or corrupt ({error})") from None
-    # a file of another version is refused by load(), which names the field
-    if header.get("format_version") == FORMAT_VERSION and header.get("checksum") != _checksum(tensors, header):
+    if header.get("format_version") != FORMAT_VERSION:
+        raise MemoryFileError(
+            f"{path}: format_version is {header.get('format_version')!r} in the file, {FORMAT_VERSION} here: read the "
+            "text again"
+        )
+    if header.get("checksum") != _checksum(tensors, header):
         raise MemoryFileError(f"{path} is corrupt: its content does not match its checksum; read the text again")
     return header, tensors
 
@@ -207,7 +215,7 @@ def _trim(state: ModelState) -> ModelState:
     )
 
 
-def _restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
+def restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
     """A state shaped like ``empty`` with the file's tensors; trimmed slots come back empty."""
     if isinstance(empty, Tensor):
         tensor = tensors[prefix].to(empty.device, empty.dtype)
@@ -219,5 +227,5 @@ def _restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
     if not isinstance(empty, tuple):
         return empty
     names = getattr(empty, "_fields", range(len(empty)))
-    fields = [_restore(e, tensors, f"{prefix}.{n}" if prefix else str(n)) for n, e in zip(names, empty, strict=True)]
+    fields = [restore(e, tensors, f"{prefix}.{n}" if prefix else str(n)) for n, e in zip(names, empty, strict=True)]
     return type(empty)(*fields) if hasattr(empty, "_fields") else tuple(fields)

@@ -94,7 +94,8 @@ class SenriModel(SenriPreTrainedModel):
             raise ValueError("Senri's fused attention returns no attention maps: leave output_attentions off")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if position_ids is not None and past_key_values is None and attention_mask is None:
+        unpadded = attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all()))
+        if position_ids is not None and past_key_values is None and unpadded:
             packed = self._packed_forward(input_ids, inputs_embeds, position_ids, output_hidden_states)
             if packed is not None:
                 return packed
@@ -263,7 +264,8 @@ class SenriModel(SenriPreTrainedModel):
         if config.write_gate == "surprise" and config.memory_readout == "layer" and config.num_memory_layers:
             # a pair's surprise must be known before the pass that writes it
             longest = min(longest, config.sliding_window_size)
-        return longest if torch.is_grad_enabled() else min(longest, INFERENCE_PIECE)
+        # not less than the window: inside it the base's own mask-free kernel must run
+        return longest if torch.is_grad_enabled() else min(longest, max(INFERENCE_PIECE, config.sliding_window_size))
 
     # inputs ---------------------------------------------------------------------------------------------------
 
@@ -332,7 +334,7 @@ class SenriModel(SenriPreTrainedModel):
     def _packed_forward(
         self, ids: Tensor | None, embeds: Tensor, position_ids: Tensor, output_hidden_states: bool | None
     ) -> BaseModelOutputWithPast | None:
-        """Run packed documents as rows of their own; None when each row is one document."""
+        """Run packed documents as rows of their own, padded to the longest; None when each row is one document."""
         position_ids = position_ids.expand(embeds.shape[:2])
         starts = position_ids == 0
         starts[:, 0] = True

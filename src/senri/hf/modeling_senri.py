@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -13,6 +14,24 @@ from senri.hf.cache import SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.model import SenriModel, SenriPreTrainedModel
 from senri.hf.session_mixin import SessionMixin
+
+
+class _Rows:
+    """Which rows of a session's batch have ended: transformers goes on feeding them padding until all have."""
+
+    def __init__(self, eos: Tensor | None) -> None:
+        self.eos = eos
+        self.prompt: int | None = None  # columns of the prompt, known at the first step
+
+    def mask(self, input_ids: Tensor, new: int, attention_mask: Tensor | None) -> Tensor | None:
+        """The mask of the ``new`` last columns of ``input_ids`` ``[B, T]``: 0 from a row's end token on."""
+        if self.prompt is None:
+            self.prompt = input_ids.shape[1]
+            return attention_mask
+        if self.eos is None:
+            return attention_mask
+        made = torch.isin(input_ids[:, self.prompt :], self.eos.to(input_ids.device))
+        return (made.cumsum(1) == 0)[:, -new:].long()
 
 
 class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
@@ -75,7 +94,12 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers does, but positions are counted by the cache: they go on from what was read before."""
+        session = kwargs.pop("senri_session", None)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if session is not None:
+            inputs["attention_mask"] = session.mask(
+                input_ids, inputs["input_ids"].shape[1], inputs.get("attention_mask")
+            )
         if inputs.get("past_key_values") is not None:
             inputs.pop("position_ids", None)
         return inputs
@@ -103,6 +127,8 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
                 raise ValueError("use_cache=False would read the prompt again at every token of a session: leave it on")
             self.session.offset = self.session.columns
             model_kwargs["past_key_values"] = self.session
+            if batch_size > 1:
+                model_kwargs["senri_session"] = _Rows(generation_config._eos_token_tensor)
             return
         cache = model_kwargs.get("past_key_values")
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)

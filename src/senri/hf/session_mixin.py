@@ -39,6 +39,9 @@ class SessionMixin:
 
     The one running state a model may hold, and only between ``reset_memory()`` and ``end_session()``: in ``eval()``
     each ``forward`` and ``generate`` goes on from it. In ``train()`` it is left alone: every sample starts empty.
+
+    As everywhere in transformers, ``generate`` does not read the last token it made: begin the next input with it.
+    Rows of a batch that end earlier than others are padded and not written further.
     """
 
     session: SenriCache | None
@@ -93,17 +96,17 @@ class SessionMixin:
         """Go on from ``state`` (which stays as it is), opening a session.
 
         Raises:
-            ValueError: the state's shapes are not this model's.
+            ValueError: the state's shapes are not this model's. Another dtype or device is converted.
         """
         session = state.fork()
         if session.state is not None:
             empty = self.model.empty_state(session.state.position.shape[0], self.dtype)
-            ours = {name: t.shape for name, t in memory_file.named_tensors(empty).items() if ".memory." in name}
-            theirs = {name: t.shape for name, t in session.named_tensors().items() if ".memory." in name}
-            if ours != theirs:
+            theirs = session.named_tensors()
+            if _shapes(memory_file.named_tensors(empty)) != _shapes(theirs):
                 raise ValueError(
                     "this memory state has other shapes than the model: it belongs to another configuration"
                 )
+            session.state = memory_file.restore(empty, theirs)
         self.session = session
 
     def flush(self) -> None:
@@ -171,7 +174,7 @@ class SessionMixin:
             RuntimeError: no session is open.
             MemoryFileError: the file cannot be written; nothing is left behind.
         """
-        memory_file.save(path, self._open_session(), {**self._header(tokenizer), **notes})
+        memory_file.save(path, self._open_session(), {**notes, **self._header(tokenizer)})
 
     def load_memory(self, path: str | Path, tokenizer: Any = None) -> dict[str, Any]:
         """Open a session from a saved memory and return its header.
@@ -197,6 +200,12 @@ class SessionMixin:
         if self.session is None:
             raise RuntimeError("no session is open: call reset_memory(), read() or load_memory() first")
         return self.session
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Shapes by name, without the number of tokens that a window's keys and values happen to hold."""
+    held = (".keys", ".values")
+    return {name: [*t.shape[:2], t.shape[3]] if name.endswith(held) else [*t.shape] for name, t in tensors.items()}
 
 
 def _as_pieces(source: Any, tokenizer: Any, piece_size: int) -> tuple[Iterator[Tensor], int | None]:

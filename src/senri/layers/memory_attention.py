@@ -113,6 +113,7 @@ class MemoryAttention(nn.Module):
                 nn.init.orthogonal_(start, generator=torch.Generator("cpu").manual_seed(0))
                 linear.weight.copy_(start)
             nn.init.zeros_(linear.bias)
+        self.q_proj.weight.copy_(self.for_query_heads(self.k_proj.weight))
         if self.taps > 1:
             for name, conv in self.named_parameters():
                 if name.endswith("_conv"):
@@ -124,7 +125,7 @@ class MemoryAttention(nn.Module):
             nn.init.zeros_(self.o_proj.weight)
         if self.readout == "head":
             # the transpose of v_proj: what was put in as an embedding comes out as one
-            self.o_proj.weight.copy_(self.v_proj.weight.repeat(self._groups, 1).T / self._groups)
+            self.o_proj.weight.copy_(self.for_query_heads(self.v_proj.weight).T / self._groups)
             nn.init.zeros_(self.read_gate.weight)
             nn.init.zeros_(self.read_gate.bias)
         if self.write_gate != "none":
@@ -141,6 +142,10 @@ class MemoryAttention(nn.Module):
     @property
     def _groups(self) -> int:
         return self.num_heads // self.num_key_value_heads
+
+    def for_query_heads(self, weight: Tensor) -> Tensor:
+        """Rows of the memory heads ``[H * D, ...]`` for the query heads that read them: head ``h`` reads ``h // G``."""
+        return weight.unflatten(0, (-1, self.head_dim)).repeat_interleave(self._groups, 0).flatten(0, 1)
 
     def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> MemoryLayerState:
         """An empty state: nothing written, nothing in the window."""

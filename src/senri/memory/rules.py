@@ -49,7 +49,8 @@ class _Decay(NamedTuple):
 def _decay(log_alpha: Tensor | None) -> _Decay:
     if log_alpha is None:
         return _Decay(None, None, None, None)
-    g = log_alpha.cumsum(-1)
+    # a gate of exactly 0 (log -inf) would give inf - inf; exp(-60) is 0 in every sum
+    g = log_alpha.clamp(min=-60.0).cumsum(-1)
     steps = g.shape[-1]
     # masked before exp: above the diagonal the difference is positive and would overflow
     causal = torch.ones(steps, steps, dtype=torch.bool, device=g.device).tril()

@@ -81,11 +81,13 @@ def scan(
     if state is None:
         width = feature_dim(feature_map or RULES[rule].feature_map, key_dim)
         state = MemoryState.zeros(batch_size, num_heads, v.shape[-1], width, rule=rule, dtype=dtype, device=q.device)
+    _check_state(state, rule, delay, batch_size, (beta is not None, log_alpha is not None))
     valid = torch.ones(batch_size, steps, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
     stream, pending = Pending(k, v, beta, log_alpha, valid), None
     if delay:
         stream, pending = _delay(state.pending, stream, delay, documents)
-    out, state = _scan(q, stream, state, dtype=dtype, **options)  # type: ignore[arg-type]
+    with torch.autocast(q.device.type, enabled=False):  # it would run the state's arithmetic in half precision
+        out, state = _scan(q, stream, state, dtype=dtype, **options)  # type: ignore[arg-type]
     if documents is not None:
         out = out[documents][None]
     return out.to(v.dtype), state._replace(pending=pending)
@@ -117,8 +119,22 @@ def _check(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: they must be [B, T, Hq, Dk], "
             "[B, T, H, Dk], [B, T, H, Dv] with Hq a multiple of H"
         )
-    if cu_seqlens is not None and (q.shape[0] != 1 or int(cu_seqlens[-1]) != q.shape[1]):
-        raise ValueError("cu_seqlens needs one packed row (B = 1) and must end at its number of tokens")
+    if cu_seqlens is not None and (q.shape[0] != 1 or cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1]):
+        raise ValueError("cu_seqlens needs one packed row (B = 1), must begin at 0 and end at its number of tokens")
+
+
+def _check_state(state: MemoryState, rule: str, delay: int, batch_size: int, gates: tuple[bool, bool]) -> None:
+    """A state goes on only with the rule, delay, rows and gates that it was made with."""
+    kind = RULES[rule]
+    if (state.z is not None) != kind.normalised or (state.M_segment is not None) != kind.segmented:
+        raise ValueError(f"the state was made by another rule than {rule!r}")
+    if state.M.shape[0] != batch_size:
+        raise ValueError(f"the state has {state.M.shape[0]} row(s), the input {batch_size}")
+    pending = state.pending
+    if pending is not None and pending.valid.shape[1] != delay:
+        raise ValueError(f"the state was made with delay={pending.valid.shape[1]}, not {delay}")
+    if pending is not None and (pending.beta is not None, pending.log_alpha is not None) != gates:
+        raise ValueError("the state was made with other gates: give beta and log_alpha in every call or in none")
 
 
 def _delay(queue: Pending | None, new: Pending, delay: int, documents: Tensor | None) -> tuple[Pending, Pending]:
