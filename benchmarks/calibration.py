@@ -7,6 +7,8 @@ that only the memory can know them.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -31,6 +33,8 @@ def second_reading(model: SenriForCausalLM, ids: torch.Tensor, pairs: int) -> tu
 
 def main() -> None:
     """Silent, uncalibrated and calibrated memory side by side."""
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_base()

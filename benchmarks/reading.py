@@ -107,6 +107,8 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
         return
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     rows = []
     print("| reading | tokens | peak memory | state | tokens/s |\n|---|---:|---:|---:|---:|")
     for kind, tokens in ROWS:

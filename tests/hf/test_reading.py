@@ -147,3 +147,10 @@ def test_a_real_text(make_real, real_text, real_tokenizer):
     # window: 31 keys and values of 3 x 64 in 30 layers; two memories of 9 x 64 x 64
     assert state.memory_nbytes == 2 * (9 * 64 * 64 * 4 + 8)
     assert state.nbytes < 2_000_000
+
+
+def test_the_name_of_a_file_is_no_text(make_senri, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("In the beginning")
+    with pytest.raises(ValueError, match="is the name of a file, not a text"):
+        make_senri().read(str(book), tokenizer=object())

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from senri.cli.common import MemoryFile, open_session, stream_answer
+from senri.cli.common import MemoryFile, open_session, stream_answer, warn
 
 NAME = "ask"
 
@@ -20,5 +20,9 @@ def command(
 
     read_header(memory)  # complains before the model is loaded
     session = open_session()
-    session.load(memory)
+    header = session.load(memory)
+    if not header.get("complete", True):
+        warn(
+            f"{memory} holds an unfinished reading ({header['read_tokens']:,} tokens); senri read ... --resume goes on"
+        )
     session.ask(question, stream_answer(session))

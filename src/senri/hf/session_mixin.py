@@ -217,6 +217,8 @@ def _as_pieces(source: Any, tokenizer: Any, piece_size: int) -> tuple[Iterator[T
         return iter(ids.split(piece_size, dim=1) if ids.numel() else ()), ids.shape[1]
     if isinstance(source, list) and source and isinstance(source[0], int):
         return _as_pieces(torch.tensor(source), tokenizer, piece_size)
+    if isinstance(source, str) and len(source) < 256 and "\n" not in source and Path(source).is_file():
+        raise ValueError(f"{source!r} is the name of a file, not a text: read it with senri.data.iter_text({source!r})")
     blocks = iter([source] if isinstance(source, str) else source)
     return _text_pieces(blocks, tokenizer, piece_size), None
 
