@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from senri import convert_qwen_to_senri
-from senri.hf.base import load_tokenizer
+from senri.hf.base import load_tokenizer, new_folder
 
 
 def main() -> None:
@@ -22,8 +22,9 @@ def main() -> None:
         tokenizer = load_tokenizer(source)
     except ValueError as error:
         sys.exit(str(error))
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with new_folder(output) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
     print(f"saved {output}: memory in layers {model.config.memory_layers}")
 
 

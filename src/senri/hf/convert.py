@@ -119,6 +119,8 @@ def load_pretrained(path: str | Path) -> PreTrainedModel:
 def gguf_location(path: str | Path) -> dict[str, str]:
     """Arguments of ``from_pretrained`` for a path that may be a ``.gguf`` file or a folder that holds just one."""
     place = Path(path)
+    if str(path).startswith(("/", "./", "../", "~")) and not place.exists():
+        raise ValueError(f"cannot load a model from {str(path)!r}: no such file or folder")
     if place.suffix == ".gguf":
         if not place.is_file():
             raise ValueError(f"{path}: no such file")
