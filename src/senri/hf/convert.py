@@ -119,12 +119,12 @@ def load_pretrained(path: str | Path) -> PreTrainedModel:
 def gguf_location(path: str | Path) -> dict[str, str]:
     """Arguments of ``from_pretrained`` for a path that may be a ``.gguf`` file or a folder that holds just one."""
     place = Path(path)
-    if str(path).startswith(("/", "./", "../", "~")) and not place.exists():
-        raise ValueError(f"cannot load a model from {str(path)!r}: no such file or folder")
     if place.suffix == ".gguf":
         if not place.is_file():
             raise ValueError(f"{path}: no such file")
         return {"pretrained_model_name_or_path": str(place.parent), "gguf_file": place.name}
+    if str(path).startswith(("/", "./", "../", "~")) and not place.exists():
+        raise ValueError(f"cannot load a model from {str(path)!r}: no such file or folder")
     if place.is_dir() and not (place / "config.json").exists():
         files = sorted(place.glob("*.gguf"))
         if len(files) != 1:
