@@ -163,7 +163,10 @@ def test_senri_must_be_a_mapping(folder: Path, value: object) -> None:
 )
 def test_good_values_load(folder: Path, file: str, key: str, value: object) -> None:
     change(folder, file, key, value)
-    ConfigManager(folder)
+    loaded = getattr(ConfigManager(folder), file.removesuffix(".yaml"))
+    for name in key.split("."):
+        loaded = loaded[name] if isinstance(loaded, dict) else getattr(loaded, name)
+    assert (list(loaded) if isinstance(loaded, tuple) else loaded) == value
 
 
 def test_numbers_with_an_exponent_are_numbers(folder: Path) -> None:

@@ -96,9 +96,10 @@ def test_what_may_be_is_taken():
         {"memory_num_key_value_heads": 3},
         {"memory_gate": "infini", "memory_num_heads": 4, "memory_head_dim": 8},
         {"sliding_window_size": 3, "memory_conv_size": 3},
-        {"rope_theta": 5e4},
     ):
-        SenriConfig(**{"num_hidden_layers": 30, **SMALL, **options})
+        config = SenriConfig(**{"num_hidden_layers": 30, **SMALL, **options})
+        assert {name: getattr(config, name) for name in options} == options
+    assert SenriConfig(num_hidden_layers=30, rope_theta=5e4, **SMALL).rope_parameters["rope_theta"] == 5e4
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):

@@ -60,7 +60,8 @@ def scan(
         output ``[B, T, Hq, Dv]`` in ``v``'s dtype, and the new state. An empty memory reads as exact zeros.
 
     Raises:
-        ValueError: unknown rule or feature map, shapes that do not fit, ``log_alpha`` for ``delta_token``.
+        ValueError: unknown rule or feature map, shapes that do not fit, ``log_alpha`` for ``delta_token``, a state made
+            with another rule, delay, number of rows or other gates.
     """
     _check(q, k, v, rule, delay, chunk_size, segment_size, log_alpha, feature_map, cu_seqlens)
     options = {
