@@ -1,0 +1,41 @@
+"""What every recall task is made of: a context that is read once, and questions that are asked on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Cell = Mapping[str, str | int | float | None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to a context.
+
+    ``at + len(prompt) + max_new_tokens`` is the sample's length: the room for the answer counts, as in RULER.
+    """
+
+    at: int  # tokens of the context that are read before it is asked
+    prompt: tuple[int, ...]  # token ids that follow them, up to where the answer begins
+    answers: tuple[str, ...]  # the strings to be found in what the model writes
+    max_new_tokens: int
+    cell: Cell  # where it stands in the tables: task, length, depth (None: spread), ...
+    evidence: tuple[tuple[int, int], ...] = ()  # [start, end) in the context of every stretch the answer rests on
+    metric: str = "all"  # RULER's string_match: all (share of the answers found) | part (one of them is enough)
+    stop: str | None = "\n"  # the answer ends before this string (once it is not empty); None: read it to the end
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text to be read, as token ids, and what is asked about it, in the order of ``at``."""
+
+    ids: np.ndarray  # [N] int32
+    questions: tuple[Question, ...]
+    source: str = ""  # where its text comes from
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+
+class SampleError(ValueError):
+    """A sample that cannot be made as asked for; the message says why and how to mend it, in one line."""
