@@ -139,7 +139,7 @@ class Plant:
 def plant(
     stretch: Stretch, plants: Sequence[Plant], length: int, head: Sequence[int] = ()
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """``head``, then the stretch with every plant at the sentence boundary nearest to its position; ``length`` tokens.
+    """``head``, then the stretch with every plant at the last sentence boundary up to its position; ``length`` tokens.
 
     A plant keeps its place whatever comes behind it, so that contexts of different length share their beginning.
 
@@ -160,12 +160,12 @@ def plant(
         )
     parts: list[np.ndarray] = [np.array(head, dtype=np.int32)]
     spans: dict[int, tuple[int, int]] = {}
-    used, done = 0, len(head)  # tokens of the stretch, of the context
+    used, done = 0, len(head)  # tokens taken of the stretch, laid in the context
     cuts = np.append(stretch.cuts[stretch.cuts < room], room)
     for index in sorted(range(len(plants)), key=lambda i: plants[i].position):
-        wanted = used + plants[index].position - done
+        aim = used + plants[index].position - done
         later = cuts[cuts >= used]
-        cut = int(later[np.abs(later - wanted).argmin()])
+        cut = int(later[max(np.searchsorted(later, aim, side="right") - 1, 0)])
         parts += [stretch.ids[used:cut], np.array(plants[index].ids, dtype=np.int32)]
         done += cut - used
         spans[index] = (done, done + len(plants[index].ids))

@@ -1,0 +1,178 @@
+"""Names and things that facts are made of."""
+
+from __future__ import annotations
+
+from functools import cache
+from random import Random
+
+FIRST_NAMES = tuple(
+    [
+        "Ada",
+        "Agnes",
+        "Albert",
+        "Alma",
+        "Anton",
+        "Astrid",
+        "Basil",
+        "Bruno",
+        "Carmen",
+        "Cecil",
+        "Clara",
+        "Conrad",
+        "Daphne",
+        "Dorian",
+        "Edith",
+        "Edmund",
+        "Elsa",
+        "Emil",
+        "Esther",
+        "Felix",
+        "Flora",
+        "Gideon",
+        "Greta",
+        "Harold",
+        "Helga",
+        "Hugo",
+        "Ida",
+        "Igor",
+        "Ingrid",
+        "Iris",
+        "Jasper",
+        "Joanna",
+        "Kaspar",
+        "Lena",
+        "Leopold",
+        "Lydia",
+        "Magnus",
+        "Marta",
+        "Milo",
+        "Nadia",
+        "Nestor",
+        "Olga",
+        "Oscar",
+        "Paula",
+        "Percy",
+        "Quentin",
+        "Rita",
+        "Roland",
+        "Rosa",
+        "Rufus",
+        "Selma",
+        "Silas",
+        "Stella",
+        "Sven",
+        "Thea",
+        "Ursula",
+        "Victor",
+        "Vera",
+        "Walter",
+        "Yvonne",
+    ]
+)
+LAST_NAMES = tuple(
+    [
+        "Abbott",
+        "Ashford",
+        "Barlow",
+        "Beck",
+        "Blackwood",
+        "Brandt",
+        "Carver",
+        "Castell",
+        "Croft",
+        "Dahl",
+        "Drake",
+        "Dunmore",
+        "Ellery",
+        "Falk",
+        "Farrow",
+        "Finch",
+        "Garland",
+        "Gray",
+        "Hale",
+        "Hartmann",
+        "Hawkins",
+        "Holloway",
+        "Ibsen",
+        "Jansen",
+        "Keller",
+        "Kingsley",
+        "Lark",
+        "Lindqvist",
+        "Lowell",
+        "Marsh",
+        "Mercer",
+        "Moreau",
+        "Nash",
+        "Norwood",
+        "Oakes",
+        "Orlov",
+        "Palmer",
+        "Pike",
+        "Quill",
+        "Ravel",
+        "Reed",
+        "Rossi",
+        "Sandoval",
+        "Shaw",
+        "Sinclair",
+        "Sorensen",
+        "Stone",
+        "Tanner",
+        "Thorne",
+        "Underhill",
+        "Vance",
+        "Varga",
+        "Wallace",
+        "Webb",
+        "Whitlock",
+        "Winter",
+        "Yates",
+        "Zeller",
+    ]
+)
+CITIES = (
+    "Athens", "Barcelona", "Belgrade", "Boston", "Bristol", "Brussels", "Budapest", "Cairo", "Chicago", "Copenhagen",
+    "Cork", "Denver", "Dresden", "Dublin", "Edinburgh", "Florence", "Geneva", "Glasgow", "Hamburg", "Havana",
+    "Helsinki", "Istanbul", "Jakarta", "Kyoto", "Leipzig", "Lima", "Lisbon", "Madrid", "Manila", "Melbourne",
+    "Milan", "Montreal", "Nairobi", "Naples", "Osaka", "Oslo", "Prague", "Quebec", "Riga", "Rotterdam",
+    "Santiago", "Seattle", "Seville", "Stockholm", "Sydney", "Toronto", "Turin", "Vienna", "Warsaw", "Zurich",
+)  # fmt: skip
+FOODS = (
+    "almond cake", "apple pie", "baked beans", "barley soup", "blackberry jam", "blue cheese", "bread pudding",
+    "carrot soup", "cherry tart", "chicken stew", "clam chowder", "corn bread", "crab salad", "cucumber sandwiches",
+    "dried figs", "fish pie", "fried onions", "garlic bread", "ginger biscuits", "goat cheese", "grilled trout",
+    "honey cake", "lamb curry", "leek soup", "lemon tart", "lentil stew", "mushroom risotto", "oat porridge",
+    "onion soup", "orange marmalade", "oyster stew", "pea soup", "peach pie", "pickled herring", "plum dumplings",
+    "potato salad", "pumpkin pie", "rabbit stew", "raspberry jam", "rice pudding", "roast duck", "rye bread",
+    "salted almonds", "smoked salmon", "spinach pie", "stuffed peppers", "sweet chestnuts", "tomato soup",
+    "vegetable curry", "walnut bread",
+)  # fmt: skip
+JOBS = (
+    "baker", "barber", "beekeeper", "blacksmith", "bookbinder", "brewer", "bricklayer", "butcher", "carpenter",
+    "chemist", "clockmaker", "cobbler", "coachman", "dancer", "dentist", "diver", "farmer", "ferryman", "fisherman",
+    "florist", "gardener", "glassblower", "goldsmith", "hunter", "innkeeper", "jeweller", "judge", "librarian",
+    "locksmith", "miller", "miner", "midwife", "nurse", "painter", "pilot", "piper", "plumber", "postman", "potter",
+    "sailor", "sculptor", "shepherd", "surgeon", "tailor", "tanner", "teacher", "translator", "watchman", "weaver",
+    "violinist",
+)  # fmt: skip
+
+
+def random_words(rng: Random) -> str:
+    """An adjective and a noun, as RULER's keys are.
+
+    Raises:
+        ValueError: the package with the word lists is missing.
+    """
+    adjectives, nouns = _word_lists()
+    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
+
+
+@cache
+def _word_lists() -> tuple[list[str], list[str]]:
+    try:
+        from wonderwords import RandomWord
+    except ImportError:
+        raise ValueError("RULER's word lists need wonderwords: pip install 'senri[eval]'") from None
+    words = RandomWord()
+    return sorted(words.filter(include_categories=["adjective"])), sorted(words.filter(include_categories=["noun"]))
