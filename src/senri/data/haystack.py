@@ -165,7 +165,7 @@ def plant(
     for index in sorted(range(len(plants)), key=lambda i: plants[i].position):
         aim = used + plants[index].position - done
         later = cuts[cuts >= used]
-        cut = int(later[max(np.searchsorted(later, aim, side="right") - 1, 0)])
+        cut = int(later[max(int(np.searchsorted(later, aim, side="right")) - 1, 0)])
         parts += [stretch.ids[used:cut], np.array(plants[index].ids, dtype=np.int32)]
         done += cut - used
         spans[index] = (done, done + len(plants[index].ids))

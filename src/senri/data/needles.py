@@ -1,171 +1,16 @@
-"""Needle-in-a-haystack samples: facts hidden in text at known depths, and questions for them.
-
-One generator for all variants: Senri's own (``NIAH``), and RULER's eight (``RULER_NIAH``; Hsieh et al. 2024,
-arXiv:2404.06654, table 2: its numbers of keys, values and queries, its kinds, its haystacks; our wording).
-"""
+"""Needle-in-a-haystack samples: facts hidden in text at known depths, and questions for them."""
 
 from __future__ import annotations
 
-import string
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from senri.data.haystack import Haystack, Plant, RepeatedHaystack, SentenceHaystack, encode, plant
-from senri.data.samples import Cell, Context, Question, SampleError
-from senri.data.words import CITIES, FIRST_NAMES, FOODS, JOBS, LAST_NAMES, random_words
+from senri.data.needle_tasks import KINDS, NIAH, NeedleTask, Wording
+from senri.data.samples import Context, Question, SampleError
 
 RULER_DEPTHS = 40  # RULER draws needle depths from this many, evenly spaced
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How a fact is told and asked for. ``{key}`` and ``{value}`` are filled in; a fact begins with a space."""
-
-    fact: str
-    question: str
-    head: str = ""  # before the haystack
-
-
-@dataclass(frozen=True)
-class NeedleTask:
-    """One variant of the test. ``key`` and ``value`` name a kind of :data:`KINDS`."""
-
-    name: str
-    wordings: tuple[Wording, ...]  # one a sample, in turn
-    value: str
-    key: str = "person"
-    keys: int = 1  # facts with different keys; the ones not asked for distract
-    values: int = 1  # facts with the same key; all are asked for
-    queries: int = 1  # keys asked for in one question
-    overwritten: int = 0  # earlier values of the same key, which must not be answered
-    haystack: str = "books"  # books | filler | facts
-    by_depth: bool = True  # False: every fact at a random depth
-    max_new_tokens: int = 16
-    stop: str | None = "\n"
-
-
-def _person(rng: Random) -> str:
-    return f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
-
-
-def _code(rng: Random) -> str:
-    letters = "".join(rng.choices(string.ascii_uppercase, k=3))
-    return f"KEY-{letters}{rng.randrange(10**5):05d}"
-
-
-KINDS: dict[str, Callable[[Random], str]] = {
-    "code": _code,
-    "digits": lambda rng: str(rng.randrange(10**4, 10**5)),
-    "number": lambda rng: str(rng.randrange(10**6, 10**7)),
-    "uuid": lambda rng: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-    "words": random_words,
-    "person": _person,
-    "city": lambda rng: rng.choice(CITIES),
-    "food": lambda rng: rng.choice(FOODS),
-    "job": lambda rng: rng.choice(JOBS),
-}
-
-_PLAIN = Wording(
-    " The secret key is: {value}.", "\nQuestion: What is the secret key mentioned above?\nAnswer:"
-)  # the form of SPEC section 6
-_NAMED = Wording(
-    " The secret key of {key} is: {value}.",
-    "\nQuestion: What is the secret key of {key} mentioned above?\nAnswer:",
-)
-_PASSKEY = Wording(
-    " The pass key is {value}. Remember it. {value} is the pass key.",
-    "\nQuestion: What is the pass key mentioned above?\nAnswer: The pass key is",
-)
-_LAST = Wording(
-    " The secret key of {key} is: {value}.",
-    "\nQuestion: What is the last secret key of {key} mentioned above?\nAnswer:",
-)
-_ALL_VALUES = Wording(_NAMED.fact, "\nQuestion: What are all the secret keys of {key} mentioned above?\nAnswer:")
-_ALL_KEYS = Wording(_NAMED.fact, "\nQuestion: What are the secret keys of {key} mentioned above?\nAnswer:")
-# Never trained on: training draws from the wordings above only.
-HELD_OUT = (
-    (
-        "city",
-        Wording(
-            " {key} was born in {value}.",
-            "\nQuestion: In which city was {key} born?\nAnswer: {key} was born in",
-        ),
-    ),
-    (
-        "food",
-        Wording(
-            " What {key} likes to eat best is {value}.",
-            "\nQuestion: What does {key} like to eat best?\nAnswer: {key} likes to eat",
-        ),
-    ),
-    (
-        "job",
-        Wording(
-            " For many years {key} worked as a {value}.",
-            "\nQuestion: What did {key} work as?\nAnswer: {key} worked as a",
-        ),
-    ),
-    (
-        "number",
-        Wording(
-            " The telephone number of {key} is {value}.",
-            "\nQuestion: What is the telephone number of {key}?\nAnswer: The telephone number is",
-        ),
-    ),
-    (
-        "words",
-        Wording(
-            " Whoever wants to enter the house of {key} has to say the password {value}.",
-            "\nQuestion: Which password opens the house of {key}?\nAnswer: The password is",
-        ),
-    ),
-)
-
-NIAH: dict[str, NeedleTask] = {
-    task.name: task
-    for task in (
-        NeedleTask("single", (_PLAIN,), "code"),
-        NeedleTask("passkey", (_PASSKEY,), "digits", haystack="filler", max_new_tokens=8),
-        NeedleTask("multikey", (_NAMED,), "code", keys=4),
-        NeedleTask("multivalue", (_ALL_VALUES,), "code", values=4, by_depth=False, max_new_tokens=64),
-        NeedleTask("multiquery", (_ALL_KEYS,), "code", keys=4, queries=4, by_depth=False, max_new_tokens=64),
-        NeedleTask("overwritten", (_LAST,), "code", overwritten=2),
-        *(NeedleTask(f"wording_{kind}", (wording,), kind, max_new_tokens=16) for kind, wording in HELD_OUT),
-    )
-}
-
-
-def _ruler(name: str, key: str, value: str, haystack: str, **counts: int) -> NeedleTask:
-    plural = {"number": "numbers", "uuid": "codes"}[value]
-    several = counts.get("values", 1) > 1 or counts.get("queries", 1) > 1
-    noun, verb, what = (f"magic {plural}", "are", "are all") if several else (f"magic {plural[:-1]}", "is", "is")
-    wording = Wording(
-        fact=f" The magic {plural[:-1]} of {{key}} is {{value}}.",
-        head=f"The text below hides magic {plural}. Remember them well, for a question about them comes after it.\n",
-        question=f"\nQuestion: What {what} the {noun} of {{key}} in the text above?"
-        f"\nAnswer: The {noun} of {{key}} {verb}",
-    )
-    return NeedleTask(
-        name, (wording,), value, key=key, haystack=haystack, by_depth=False, max_new_tokens=128, stop=None, **counts
-    )
-
-
-RULER_NIAH: dict[str, NeedleTask] = {
-    task.name: task
-    for task in (
-        _ruler("niah_single_1", "words", "number", "filler"),
-        _ruler("niah_single_2", "words", "number", "books"),
-        _ruler("niah_single_3", "words", "uuid", "books"),
-        _ruler("niah_multikey_1", "words", "number", "books", keys=4),
-        _ruler("niah_multikey_2", "words", "number", "facts"),
-        _ruler("niah_multikey_3", "uuid", "uuid", "facts"),
-        _ruler("niah_multivalue", "words", "number", "books", values=4),
-        _ruler("niah_multiquery", "words", "number", "books", keys=4, queries=4),
-    )
-}
 
 
 def needle_contexts(
@@ -304,9 +149,7 @@ def shared_context(
     task = NIAH["multikey"]
     wording = task.wordings[0]
     rng = Random(f"{seed}/shared/{sample}")
-    cells: list[Cell] = [
-        {"task": "shared", "length": n, "depth": d} for n in lengths for d in depths for _ in range(per_cell)
-    ]
+    cells = [(n, d) for n in lengths for d in depths for _ in range(per_cell)]
     names = _distinct(KINDS["person"], len(cells), rng)
     values = _distinct(KINDS["code"], len(cells), rng)
     questions = [tuple(encode(tokenizer, wording.question.format(key=name))) for name in names]
@@ -315,21 +158,28 @@ def shared_context(
         for name, value in zip(names, values, strict=True)
     ]
     sizes = [
-        cell["length"] - len(question) - task.max_new_tokens  # type: ignore[operator]
-        for cell, question in zip(cells, questions, strict=True)
+        length - len(question) - task.max_new_tokens for (length, _), question in zip(cells, questions, strict=True)
     ]
     plants = []
-    for i, (cell, size) in enumerate(zip(cells, sizes, strict=True)):
+    for i, ((_, depth), size) in enumerate(zip(cells, sizes, strict=True)):
         first = i - i % per_cell
         latest = size - sum(map(len, facts[first : first + per_cell]))  # none may slip behind its question
-        plants.append(Plant(min(cell["depth"] * size, latest), facts[i]))  # type: ignore[operator]
+        plants.append(Plant(min(depth * size, latest), facts[i]))
     stretch = books.stretch(max(lengths), rng)
     ids, spans = plant(stretch, plants, max(sizes))
     order = sorted(range(len(cells)), key=lambda i: sizes[i])
     return Context(
         ids,
         tuple(
-            Question(sizes[i], questions[i], (values[i],), task.max_new_tokens, cells[i], (spans[i],), stop=task.stop)
+            Question(
+                sizes[i],
+                questions[i],
+                (values[i],),
+                task.max_new_tokens,
+                {"task": "shared", "length": cells[i][0], "depth": cells[i][1]},
+                (spans[i],),
+                stop=task.stop,
+            )
             for i in order
         ),
         source=stretch.source,

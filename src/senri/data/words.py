@@ -5,132 +5,25 @@ from __future__ import annotations
 from functools import cache
 from random import Random
 
-FIRST_NAMES = tuple(
-    [
-        "Ada",
-        "Agnes",
-        "Albert",
-        "Alma",
-        "Anton",
-        "Astrid",
-        "Basil",
-        "Bruno",
-        "Carmen",
-        "Cecil",
-        "Clara",
-        "Conrad",
-        "Daphne",
-        "Dorian",
-        "Edith",
-        "Edmund",
-        "Elsa",
-        "Emil",
-        "Esther",
-        "Felix",
-        "Flora",
-        "Gideon",
-        "Greta",
-        "Harold",
-        "Helga",
-        "Hugo",
-        "Ida",
-        "Igor",
-        "Ingrid",
-        "Iris",
-        "Jasper",
-        "Joanna",
-        "Kaspar",
-        "Lena",
-        "Leopold",
-        "Lydia",
-        "Magnus",
-        "Marta",
-        "Milo",
-        "Nadia",
-        "Nestor",
-        "Olga",
-        "Oscar",
-        "Paula",
-        "Percy",
-        "Quentin",
-        "Rita",
-        "Roland",
-        "Rosa",
-        "Rufus",
-        "Selma",
-        "Silas",
-        "Stella",
-        "Sven",
-        "Thea",
-        "Ursula",
-        "Victor",
-        "Vera",
-        "Walter",
-        "Yvonne",
-    ]
-)
-LAST_NAMES = tuple(
-    [
-        "Abbott",
-        "Ashford",
-        "Barlow",
-        "Beck",
-        "Blackwood",
-        "Brandt",
-        "Carver",
-        "Castell",
-        "Croft",
-        "Dahl",
-        "Drake",
-        "Dunmore",
-        "Ellery",
-        "Falk",
-        "Farrow",
-        "Finch",
-        "Garland",
-        "Gray",
-        "Hale",
-        "Hartmann",
-        "Hawkins",
-        "Holloway",
-        "Ibsen",
-        "Jansen",
-        "Keller",
-        "Kingsley",
-        "Lark",
-        "Lindqvist",
-        "Lowell",
-        "Marsh",
-        "Mercer",
-        "Moreau",
-        "Nash",
-        "Norwood",
-        "Oakes",
-        "Orlov",
-        "Palmer",
-        "Pike",
-        "Quill",
-        "Ravel",
-        "Reed",
-        "Rossi",
-        "Sandoval",
-        "Shaw",
-        "Sinclair",
-        "Sorensen",
-        "Stone",
-        "Tanner",
-        "Thorne",
-        "Underhill",
-        "Vance",
-        "Varga",
-        "Wallace",
-        "Webb",
-        "Whitlock",
-        "Winter",
-        "Yates",
-        "Zeller",
-    ]
-)
+from senri.data.samples import SampleError
+
+FIRST_NAMES = (
+    "Ada", "Agnes", "Albert", "Alma", "Anton", "Astrid", "Basil", "Bruno", "Carmen", "Cecil", "Clara", "Conrad",
+    "Daphne", "Dorian", "Edith", "Edmund", "Elsa", "Emil", "Esther", "Felix", "Flora", "Gideon", "Greta", "Harold",
+    "Helga", "Hugo", "Ida", "Igor", "Ingrid", "Iris", "Jasper", "Joanna", "Kaspar", "Lena", "Leopold", "Lydia",
+    "Magnus", "Marta", "Milo", "Nadia", "Nestor", "Olga", "Oscar", "Paula", "Percy", "Quentin", "Rita", "Roland",
+    "Rosa", "Rufus", "Selma", "Silas", "Stella", "Sven", "Thea", "Ursula", "Victor", "Vera", "Walter", "Yvonne",
+)  # fmt: skip
+
+LAST_NAMES = (
+    "Abbott", "Ashford", "Barlow", "Beck", "Blackwood", "Brandt", "Carver", "Castell", "Croft", "Dahl", "Drake",
+    "Dunmore", "Ellery", "Falk", "Farrow", "Finch", "Garland", "Gray", "Hale", "Hartmann", "Hawkins", "Holloway",
+    "Ibsen", "Jansen", "Keller", "Kingsley", "Lark", "Lindqvist", "Lowell", "Marsh", "Mercer", "Moreau", "Nash",
+    "Norwood", "Oakes", "Orlov", "Palmer", "Pike", "Quill", "Ravel", "Reed", "Rossi", "Sandoval", "Shaw",
+    "Sinclair", "Sorensen", "Stone", "Tanner", "Thorne", "Underhill", "Vance", "Varga", "Wallace", "Webb",
+    "Whitlock", "Winter", "Yates", "Zeller",
+)  # fmt: skip
+
 CITIES = (
     "Athens", "Barcelona", "Belgrade", "Boston", "Bristol", "Brussels", "Budapest", "Cairo", "Chicago", "Copenhagen",
     "Cork", "Denver", "Dresden", "Dublin", "Edinburgh", "Florence", "Geneva", "Glasgow", "Hamburg", "Havana",
@@ -162,17 +55,20 @@ def random_words(rng: Random) -> str:
     """An adjective and a noun, as RULER's keys are.
 
     Raises:
-        ValueError: the package with the word lists is missing.
+        SampleError: the package with the word lists is missing.
     """
-    adjectives, nouns = _word_lists()
-    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
+    return f"{rng.choice(words_of('adjective'))}-{rng.choice(words_of('noun'))}"
 
 
 @cache
-def _word_lists() -> tuple[list[str], list[str]]:
+def words_of(*categories: str) -> list[str]:
+    """wonderwords' words of some kinds (noun, adjective, verb), each once, sorted; as RULER takes them.
+
+    Raises:
+        SampleError: the package is missing.
+    """
     try:
         from wonderwords import RandomWord
     except ImportError:
-        raise ValueError("RULER's word lists need wonderwords: pip install 'senri[eval]'") from None
-    words = RandomWord()
-    return sorted(words.filter(include_categories=["adjective"])), sorted(words.filter(include_categories=["noun"]))
+        raise SampleError("RULER's word lists need wonderwords: pip install 'senri[eval]'") from None
+    return sorted(set(RandomWord().filter(include_categories=categories)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import Cache
 
 from senri.layers import MemoryLayerState
-from senri.memory.state import map_tensors, named_tensors, nbytes
+from senri.memory.state import map_tensors, named_tensors, nbytes, stack_rows
 
 
 class LayerState(NamedTuple):
@@ -46,6 +46,22 @@ class SenriCache(Cache):
         self.columns = 0  # tokens seen, padding counted: what transformers calls the sequence length
         self.has_padding = False
         self.offset = 0  # columns that generate() must not count: what a session read before its prompt
+
+    @classmethod
+    def concat(cls, caches: Sequence[SenriCache]) -> SenriCache:
+        """One cache with the rows of several, which must have seen the same number of tokens.
+
+        Raises:
+            ValueError: none, or they have not.
+        """
+        first = caches[0] if caches else None
+        if first is None or any((c.columns, c.state is None) != (first.columns, first.state is None) for c in caches):
+            raise ValueError("only states that have seen the same number of tokens can be the rows of one cache")
+        both = first.fork()
+        both.has_padding = any(c.has_padding for c in caches)
+        if len(caches) > 1 and first.state is not None:
+            both.state = stack_rows([c.state for c in caches])
+        return both
 
     def commit(self, state: ModelState, columns: int) -> None:
         """Replace the whole state at once: an interrupted call leaves the cache as it was before it."""

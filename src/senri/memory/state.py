@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +19,17 @@ def map_tensors(fn: Callable[[Tensor], Tensor], state: StateT) -> StateT:
         fields = (map_tensors(fn, field) for field in state)
         return type(state)(*fields) if hasattr(state, "_fields") else type(state)(fields)  # type: ignore[return-value, call-arg]
     return state
+
+
+def stack_rows(states: Sequence[Any]) -> Any:
+    """The rows of several (nested) states of the same shape as one state: each tensor joined along its first axis."""
+    first = states[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(states))
+    if isinstance(first, tuple):
+        fields = (stack_rows(parts) for parts in zip(*states, strict=True))
+        return type(first)(*fields) if hasattr(first, "_fields") else type(first)(fields)
+    return first
 
 
 def named_tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:

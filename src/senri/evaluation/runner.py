@@ -1,0 +1,201 @@
+"""Runs recall tasks: every question with all its controls, each answer kept, an interrupted run continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from senri.data.samples import Context, Question
+from senri.evaluation.readers import Reader
+from senri.evaluation.scoring import exact, score
+
+# Each question is answered by all of these.
+MEMORY = "memory"  # the model as it is
+MEMORY_OFF = "memory off"  # the same window, the memory empty at all times
+OTHER_MEMORY = "other memory"  # the window read without memory, then the memory of another sample of the same task
+QUESTION_ONLY = "question only"  # nothing read: what can be guessed
+FULL_ATTENTION = "full attention"  # the base model with everything in sight, where it fits
+ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, FULL_ATTENTION)
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """A named maker of contexts. ``make(i)`` gives sample ``i``: every cell of the task once, always the same way.
+
+    Sample number ``samples`` is one more: its memory is the "other" one.
+    """
+
+    name: str
+    samples: int
+    make: Callable[[int], Sequence[Context]]
+
+
+class Log:
+    """Records as JSON lines in a file; what an earlier run finished is there again.
+
+    Raises:
+        ValueError: the file is no log, naming the line (a last line cut short by a crash is dropped).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            whole = path.read_bytes()
+            end = whole.rfind(b"\n") + 1
+            for number, line in enumerate(whole[:end].splitlines(), start=1):
+                try:
+                    record = json.loads(line)
+                    self.records[record["key"]] = record
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    raise ValueError(f"{path}: line {number} is no record of an evaluation: remove the file") from None
+            if end < len(whole):
+                path.write_bytes(whole[:end])
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept open for the run)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep a record, on disk at once."""
+        self.records[record["key"]] = record
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def run_task(
+    task: RecallTask,
+    reader: Reader,
+    full: Reader | None,
+    log: Log,
+    *,
+    tokenizer: Any,
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Ask every question of a task that ``log`` does not hold yet.
+
+    Args:
+        full: the full-attention control, used where a question fits it.
+        progress: called with one line after each question.
+
+    Raises:
+        ValueError: the log holds other samples under the same names (it is of another run).
+    """
+    runner = _Runner(task, reader, full, log, tokenizer)
+    total = done = 0
+    for sample in range(task.samples):
+        contexts = task.make(sample)
+        total = total or task.samples * sum(len(c.questions) for c in contexts)
+        for number, context in enumerate(contexts):
+            for record in runner.context(sample, number, context):
+                done += 1
+                if record is not None:
+                    log.add(record)
+                    progress(f"{task.name}: question {done:,} of {total:,}, {_outcome(record)}")
+
+
+class _Runner:
+    def __init__(self, task: RecallTask, reader: Reader, full: Reader | None, log: Log, tokenizer: Any) -> None:
+        self.task, self.reader, self.full, self.log, self.tokenizer = task, reader, full, log, tokenizer
+        self._guesses: dict[tuple[int, ...], str] = {}
+        self._strangers: dict[tuple[int, int], Any] | None = None
+
+    def context(self, sample: int, number: int, context: Context) -> Iterator[dict[str, Any] | None]:
+        """A record for each question, None where the log has it."""
+        for index, question in enumerate(context.questions):
+            key = f"{self.task.name}/{sample}/{number}/{index}"
+            digest = sample_digest(context, question)
+            known = self.log.records.get(key)
+            if known is None:
+                yield {"key": key, "prompt_sha256": digest, **self._ask(number, index, context, question)}
+            elif known["prompt_sha256"] != digest:
+                raise ValueError(
+                    f"{self.log.path} holds another sample as {key}: it is of another run, name another folder"
+                )
+            else:
+                yield None
+
+    def _ask(self, number: int, index: int, context: Context, question: Question) -> dict[str, Any]:
+        ids, at = context.ids, question.at
+        other = self._stranger(number, index)
+        started = time.perf_counter()
+        with_memory = self.reader.read(ids, at)
+        without = self.reader.read(ids, at, memory=False)
+        read = time.perf_counter()
+        states = [with_memory, without, self.reader.with_memory_of(without, other)]
+        texts = dict(zip((MEMORY, MEMORY_OFF, OTHER_MEMORY), self.reader.answer(states, question), strict=True))
+        answered = time.perf_counter()
+        texts[QUESTION_ONLY] = self._guess(question)
+        length = at + len(question.prompt) + question.max_new_tokens
+        if self.full is not None and length <= (self.full.longest or length):
+            texts[FULL_ATTENTION] = self.full.answer([self.full.read(ids, at)], question)[0]
+        return {
+            "task": self.task.name,
+            "cell": dict(question.cell),
+            "tokens": at + len(question.prompt),
+            "source": context.source,
+            "question": self.tokenizer.decode(question.prompt),
+            "expected": list(question.answers),
+            "arms": {
+                arm: {"answer": t, "score": score(t, question), "exact": exact(t, question)} for arm, t in texts.items()
+            },
+            **window_facts(context, question, self.reader.window, self.tokenizer),
+            "read_seconds": read - started,
+            "answer_seconds": answered - read,
+        }
+
+    def _guess(self, question: Question) -> str:
+        if question.prompt not in self._guesses:
+            self._guesses[question.prompt] = self.reader.answer([self.reader.blank()], question)[0]
+        return self._guesses[question.prompt]
+
+    def _stranger(self, number: int, index: int) -> Any:
+        """The memory at the same place of the extra sample."""
+        if self._strangers is None:
+            self._strangers = {
+                (n, i): self.reader.memory_of(self.reader.read(context.ids, question.at))
+                for n, context in enumerate(self.task.make(self.task.samples))
+                for i, question in enumerate(context.questions)
+            }
+        return self._strangers[number, index]
+
+
+def sample_digest(context: Context, question: Question) -> str:
+    """SHA-256 over all that decides the answer: the tokens read, the prompt, and what is expected."""
+    digest = hashlib.sha256(np.ascontiguousarray(context.ids[: question.at], dtype=np.int32).tobytes())
+    digest.update(np.array(question.prompt, dtype=np.int32).tobytes())
+    digest.update(json.dumps([question.answers, question.max_new_tokens]).encode())
+    return digest.hexdigest()
+
+
+def window_facts(context: Context, question: Question, window: int | None, tokenizer: Any) -> dict[str, bool]:
+    """What the window alone gives away when the answer begins.
+
+    Returns:
+        ``in_window``: the evidence, or a part of it, is still in the window (by the sample's own account);
+        ``leak``: an answer stands in the window's text, or in the question, though the evidence is outside.
+    """
+    length = question.at + len(question.prompt)
+    begins = 0 if window is None else max(length - window, 0)
+    inside = any(end > begins for _, end in question.evidence)
+    visible = [*context.ids[: question.at].tolist(), *question.prompt][begins:]
+    text, asked = tokenizer.decode(visible).lower(), tokenizer.decode(question.prompt).lower()
+    answers = [answer.lower() for answer in question.answers]
+    leak = any(a in asked for a in answers) or (
+        bool(question.evidence) and not inside and any(a in text for a in answers)
+    )
+    return {"in_window": inside, "leak": leak}
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    cell = [f"{name} {value}" for name, value in record["cell"].items() if name != "task" and value is not None]
+    scores = [f"{arm} {result['score']:.0%}" for arm, result in record["arms"].items()]
+    return f"{', '.join(cell)}: {', '.join(scores)}"
