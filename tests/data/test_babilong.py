@@ -130,7 +130,7 @@ def test_the_question_stands_behind_the_text_with_its_answers(babi, make, real_t
     assert question.answers == ("hallway",)
     assert set(question.others) == {"bathroom", "bedroom", "garden", "kitchen", "office"}
     assert question.cell == {"task": "qa1", "length": 2048, "depth": None}
-    assert (question.metric, question.stop) == ("part", "\n")
+    assert (question.metric, question.stop) == ("label", "\n")
     ((start, stop),) = question.evidence
     assert real_tokenizer.decode(context.ids[start:stop]) == " Daniel went back to the hallway."
 
@@ -146,7 +146,7 @@ def test_facts_fall_anywhere(babi, make):
 
 def test_several_answers_and_labels_of_the_question(babi, make):
     (question,) = make(load_babi(babi, "qa8", "test")[0], task="qa8").questions
-    assert (question.answers, question.others, question.metric) == (("milk", "apple"), ("football", "nothing"), "all")
+    assert (question.answers, question.others, question.metric) == (("milk", "apple"), ("football", "nothing"), "label")
     before = Story(("Mary moved to the kitchen.",), "Where was the milk before the kitchen?", "garden", (0,))
     assert set(make(before, task="qa3").questions[0].others) == {"bathroom", "bedroom", "hallway", "office"}
     counted = Story(("Mary left.",), "How many objects is Mary carrying?", "none", (0,))

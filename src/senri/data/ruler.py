@@ -25,6 +25,7 @@ import numpy as np
 from senri.data.haystack import FILLER, Plant, RepeatedHaystack, encode, plant
 from senri.data.samples import Cell, Context, Question, SampleError
 from senri.data.text import TextError, iter_text
+from senri.data.words import words_of
 
 VT_VARIABLES = 5  # one chain of four hops
 VT_NEW, CWE_NEW, FWE_NEW, QA_NEW = 30, 120, 50, 32  # tokens to generate

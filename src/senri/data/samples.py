@@ -23,8 +23,8 @@ class Question:
     max_new_tokens: int
     cell: Cell  # where it stands in the tables: task, length, depth (None: spread), ...
     evidence: tuple[tuple[int, int], ...] = ()  # [start, end) in the context of every stretch the answer rests on
-    # all: the share of the answers that is found; part: one of them is enough (RULER's string_match); label: all of them
-    # and none of the others (BABILong)
+    # all: the share of the answers that is found; part: one of them is enough (RULER's string_match);
+    # label: all of them and none of the others (BABILong)
     metric: str = "all"
     others: tuple[str, ...] = ()  # labels that are wrong answers, for the metric label
     stop: str | None = "\n"  # the answer ends before this string (once it is not empty); None: read it to the end
