@@ -36,10 +36,8 @@ def open_session(config: ConfigManager | None = None) -> Session:
     config = config or ConfigManager()
     with console.status("loading the model ..."):
         import torch
-        import transformers
 
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        quiet_transformers()
         from senri.hf.base import load_model
         from senri.session import Session
 
@@ -54,6 +52,14 @@ def open_session(config: ConfigManager | None = None) -> Session:
     if generation.do_sample:
         options |= {"temperature": generation.temperature, "top_p": generation.top_p}
     return Session(model, tokenizer, piece_size=config.experiment.reading.piece_size, generation=options)
+
+
+def quiet_transformers() -> None:
+    """No bars and notes of transformers between our own lines."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 class ReadingDisplay:

@@ -81,9 +81,20 @@ def _allowed(schema: Schema, root: Schema) -> str:
     if schema["type"] == "object":
         return f"a mapping with the keys {', '.join(schema['properties'])}"
     if schema["type"] == "array":
-        return "a list of non-empty strings"
+        return _list_of(schema, root)
     bounds = [f"{sign} {schema[name]}" for name, sign in _BOUNDS.items() if name in schema]
     return f"{_TYPES[schema['type']]} {' and '.join(bounds)}".rstrip()
+
+
+def _list_of(schema: Schema, root: Schema) -> str:
+    """Lists of names, of numbers in a range, of texts."""
+    many = "a non-empty list of" if schema.get("minItems") else "a list of"
+    items = _resolve(schema["items"], root)
+    if choices := _choices(items):
+        return f"{many} any of: {', '.join(choices)}"
+    one = _allowed(items, root).removeprefix("an ").removeprefix("a ")
+    noun, _, bounds = one.partition(" >")
+    return f"{many} {noun}s" + (f" >{bounds}" if bounds else "")
 
 
 def _shown(value: Any) -> str:

@@ -16,6 +16,16 @@ MemoryGate = Literal["additive", "infini"]
 Store = Literal["single"]
 WriteGate = Literal["none", "hidden", "surprise"]
 Trainable = Literal["memory", "memory+lora", "all"]
+SuiteName = Literal["niah", "recall_by_writes", "perplexity", "capacity", "reversal", "ruler", "babilong"]
+NiahTask = Literal[
+    "single", "single_free", "passkey", "multikey", "multivalue", "multiquery", "overwritten", "shared",
+    "wording_city", "wording_food", "wording_job", "wording_number", "wording_words",
+]  # fmt: skip
+RulerTask = Literal[
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe",
+]  # fmt: skip
+BabiTask = Literal["qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10"]
 
 
 def _no_bool(value: Any) -> Any:
@@ -29,6 +39,7 @@ def _no_bool(value: Any) -> Any:
 Count = Annotated[int, Strict(), Field(ge=0)]
 Positive = Annotated[int, Strict(), Field(gt=0)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32)]
+Counts = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Field(min_length=1)]
 # Not strict: PyYAML hands over `3e-4` as a string. The bounds stand first, or the JSON schema that
@@ -126,6 +137,79 @@ class DemoConfig(Section):
     num_tokens: Positive
 
 
+class NiahConfig(Section):
+    """`evaluation.niah` of experiment.yaml."""
+
+    tasks: Annotated[tuple[NiahTask, ...], Field(min_length=1)]
+    lengths: Counts
+    depths: Annotated[tuple[Ratio, ...], Field(min_length=1)]
+    samples: Positive
+    shared_questions: Positive
+
+
+class RulerConfig(Section):
+    """`evaluation.ruler` of experiment.yaml."""
+
+    tasks: Annotated[tuple[RulerTask, ...], Field(min_length=1)]
+    lengths: Counts
+    samples: Positive
+    qa_file: Text | None
+
+
+class BabilongConfig(Section):
+    """`evaluation.babilong` of experiment.yaml."""
+
+    folder: Text | None
+    tasks: Annotated[tuple[BabiTask, ...], Field(min_length=1)]
+    lengths: Counts
+    samples: Positive
+
+
+class RecallByWritesConfig(Section):
+    """`evaluation.recall_by_writes` of experiment.yaml."""
+
+    distances: Counts
+    facts: Positive
+    samples: Positive
+
+
+class PerplexityConfig(Section):
+    """`evaluation.perplexity` of experiment.yaml."""
+
+    length: Positive
+    samples: Positive
+
+
+class CapacityConfig(Section):
+    """`evaluation.capacity` of experiment.yaml."""
+
+    pairs: Counts
+    questions: Positive
+    samples: Positive
+
+
+class ReversalConfig(Section):
+    """`evaluation.reversal` of experiment.yaml."""
+
+    folder: Text | None
+    facts: Positive
+
+
+class EvaluationConfig(Section):
+    """`evaluation` of experiment.yaml."""
+
+    suites: Annotated[tuple[SuiteName, ...], Field(min_length=1)]
+    data: tuple[Text, ...]
+    full_attention: Flag
+    niah: NiahConfig
+    recall_by_writes: RecallByWritesConfig
+    perplexity: PerplexityConfig
+    capacity: CapacityConfig
+    reversal: ReversalConfig
+    ruler: RulerConfig
+    babilong: BabilongConfig
+
+
 class ExperimentConfig(Section):
     """experiment.yaml."""
 
@@ -135,3 +219,4 @@ class ExperimentConfig(Section):
     generation: GenerationConfig
     calibration: CalibrationConfig
     demo: DemoConfig
+    evaluation: EvaluationConfig

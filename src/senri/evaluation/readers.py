@@ -6,7 +6,7 @@ known beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -60,12 +60,20 @@ class SenriReader:
     Args:
         model: in ``eval()``.
         piece_size: tokens of one pass.
+        progress: called after each pass with the tokens that went through the model so far.
     """
 
-    longest = None
+    longest: int | None = None
 
-    def __init__(self, model: SenriForCausalLM, tokenizer: Any, *, piece_size: int = 1024) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: SenriForCausalLM,
+        tokenizer: Any,
+        *,
+        piece_size: int = 1024,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self.model, self.tokenizer, self.progress = model, tokenizer, progress
         self.window: int | None = model.config.sliding_window_size
         self.piece_size = piece_size
         self._paths = {True: _Path(), False: _Path()}
@@ -85,6 +93,7 @@ class SenriReader:
                 piece = torch.from_numpy(ids[start : min(start + size, at)].astype(np.int64))
                 self.model.model(piece[None].to(self.model.device), past_key_values=state)
                 self.tokens_read += len(piece)
+                self.progress(self.tokens_read)
                 if not memory:
                     state = without_memory(state)
                 path.note(start + len(piece), state, last=start + size >= at)
@@ -127,12 +136,13 @@ class FullAttentionReader:
         model: a causal language model with ``DynamicCache``, in ``eval()``.
     """
 
-    window = None
+    window: int | None = None
 
     def __init__(self, model: Any, tokenizer: Any, *, piece_size: int = 1024) -> None:
         self.model, self.tokenizer, self.piece_size = model, tokenizer, piece_size
         self.longest: int | None = model.config.max_position_embeddings
-        self._ids, self._cache = np.empty(0, dtype=np.int32), None
+        self._ids = np.empty(0, dtype=np.int32)
+        self._cache: Any = None
         self.tokens_read = 0
 
     def read(self, ids: np.ndarray, at: int, *, memory: bool = True) -> int:
@@ -174,7 +184,7 @@ class FullAttentionReader:
     def _crop(self, length: int) -> None:
         surplus = self._cache.get_seq_length() - length if self._cache is not None else 0
         if surplus > 0:
-            self._cache.crop(-surplus)  # type: ignore[union-attr]
+            self._cache.crop(-surplus)
 
 
 def without_memory(state: SenriCache) -> SenriCache:

@@ -75,7 +75,9 @@ def recall_section(title: str, records: Sequence[Record], window: int | None, te
     Args:
         window: the model's W, for the line ``W / length`` that a model without memory reaches.
     """
-    tables, figures, flags = [], [], []
+    tables: list[Table] = []
+    figures: list[Curves | HeatMap] = []
+    flags: list[str] = []
     for task in dict.fromkeys(r["cell"]["task"] for r in records):
         mine = [r for r in records if r["cell"]["task"] == task]
         by_length = group(mine, "length")

@@ -96,7 +96,7 @@ def niah(
     """
 
     def make(name: str, sample: int) -> list[Context]:
-        grid = {"lengths": lengths, "depths": depths, "seed": sources.seed, "sample": sample}
+        grid: dict[str, Any] = {"lengths": lengths, "depths": depths, "seed": sources.seed, "sample": sample}
         if name == "shared":
             return [shared_context(sources.books, sources.tokenizer, per_cell=shared_questions, **grid)]
         return needle_contexts(NIAH[name], sources.books, sources.tokenizer, **grid)
@@ -114,12 +114,19 @@ def ruler(
     sources: Sources, *, tasks: Sequence[str], lengths: Sequence[int], samples: int, qa_file: str | None
 ) -> RecallSuite:
     """RULER's synthetic tasks, and ``qa`` where ``qa_file`` (SQuAD's JSON) is given."""
-    paragraphs = load_squad(Path(qa_file)) if qa_file else None
+    paragraphs = load_squad(Path(qa_file)) if qa_file else []
 
     def make(name: str, sample: int) -> list[Context]:
         if name in RULER_NIAH:
-            task, grid = RULER_NIAH[name], {"lengths": lengths, "depths": (), "seed": sources.seed, "sample": sample}
-            return needle_contexts(task, sources.books, sources.tokenizer, **grid)
+            return needle_contexts(
+                RULER_NIAH[name],
+                sources.books,
+                sources.tokenizer,
+                lengths=lengths,
+                depths=(),
+                seed=sources.seed,
+                sample=sample,
+            )
         rngs = [(n, Random(f"{sources.seed}/{name}/{sample}/{n}")) for n in lengths]
         if name == "qa":
             return [question_answering(sources.tokenizer, n, rng, paragraphs) for n, rng in rngs]
@@ -172,8 +179,11 @@ def recall_by_writes(sources: Sources, *, distances: Sequence[int], facts: int, 
     """The same facts asked for after more and more text."""
 
     def make(sample: int) -> list[Context]:
-        where = {"distances": distances, "facts": facts, "seed": sources.seed, "sample": sample}
-        return [distance_context(sources.books, sources.tokenizer, **where)]
+        return [
+            distance_context(
+                sources.books, sources.tokenizer, distances=distances, facts=facts, seed=sources.seed, sample=sample
+            )
+        ]
 
     return RecallSuite(
         "recall_by_writes",

@@ -99,6 +99,17 @@ def load_model(
     return load_adapter(base, adapter, **config_overrides), tokenizer
 
 
+def load_unconverted(name: str | Path = BASE_NAME) -> Any | None:
+    """The base model as it is, with full attention, in ``eval()``; None where ``name`` is a Senri model, which has lost
+    it (see :func:`load_model` for ``name``).
+
+    Raises:
+        ValueError: no such model.
+    """
+    place = base_directory() if str(name) == BASE_NAME else name
+    return None if _base_config(place).model_type == "senri" else load_pretrained(place).eval()
+
+
 def check_same(fixed: dict[str, Any], wanted: dict[str, Any], owner: str, remedy: str) -> None:
     """Raises ValueError where ``wanted`` asks for what the weights of ``owner`` were not made for."""
     for field, value in wanted.items():

@@ -1,0 +1,230 @@
+"""Perplexity of held-out text by position: with memory, without it, and with full attention as far as it reaches.
+
+Every token is scored once, given all that the model can see before it. Scoring each segment on its own, as much code
+does, hides the context from its first tokens; it is here as the contrast that shows how much that costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from senri.evaluation.readers import FullAttentionReader, SenriReader, without_memory
+from senri.evaluation.recall import Record, tokens
+from senri.evaluation.report import Curves, Section, Series, Table
+from senri.evaluation.runner import FULL_ATTENTION, MEMORY, MEMORY_OFF
+from senri.evaluation.statistics import Mean, mean
+from senri.evaluation.suites import Bench, Sources
+
+SEGMENTS = "segments alone"
+ARMS = (MEMORY, MEMORY_OFF, FULL_ATTENTION, SEGMENTS)
+STRIDE = 512  # tokens scored anew by each window
+BLOCK = 512  # tokens whose logits exist at once
+FIRST_EDGE = 256
+
+
+@torch.no_grad()
+def streamed_nll(reader: SenriReader, ids: np.ndarray, *, memory: bool = True) -> np.ndarray:
+    """Negative log likelihood in nats of ``ids[1:]``, read as one text: ``[N - 1]``."""
+    model = reader.model
+    size = reader.piece_size if memory else min(reader.piece_size, model.config.sliding_window_size)
+    cache, parts = model.model.new_cache(), []
+    for start in range(0, len(ids) - 1, size):
+        piece = torch.from_numpy(ids[start : start + size].astype(np.int64))[None].to(model.device)
+        hidden = model.model(piece, past_key_values=cache).last_hidden_state
+        if not memory:
+            cache = without_memory(cache)
+        parts.append(_nll(model, hidden, torch.from_numpy(ids[start + 1 : start + 1 + size].astype(np.int64))))
+    return np.concatenate(parts)
+
+
+@torch.no_grad()
+def sliding_window_nll(model: Any, ids: np.ndarray, window: int, stride: int = STRIDE) -> np.ndarray:
+    """Negative log likelihood in nats of ``ids[1:]`` under a model with a limited context: ``[N - 1]``.
+
+    Windows of ``window`` tokens, each ``stride`` further than the one before; only the tokens that no earlier window
+    scored count. ``stride = window`` is segment-wise scoring.
+
+    Args:
+        model: a causal language model of transformers, or with the same ``.model`` and ``.lm_head``.
+    """
+    out = np.empty(len(ids) - 1)
+    done = 0
+    for start in range(0, max(len(ids) - window, 0) + stride, stride):
+        part = torch.from_numpy(ids[start : start + window].astype(np.int64))
+        end = start + len(part) - 1
+        if end <= done:
+            break
+        hidden = model.model(part[None].to(model.device), use_cache=False).last_hidden_state
+        fresh = done - start  # predictions of this window that an earlier one has made
+        out[done:end] = _nll(model, hidden[:, fresh:-1], part[fresh + 1 :])
+        # the first token of a segment on its own has nothing before it: it is not scored but skipped
+        done = end + (stride == window)
+        if stride == window and end < len(out):
+            out[end] = np.nan
+    return out
+
+
+def _nll(model: Any, hidden: Tensor, targets: Tensor) -> np.ndarray:
+    """Of ``targets`` ``[T']`` under the states ``[1, T, hidden]`` before them, ``T' <= T``."""
+    parts = []
+    for start in range(0, len(targets), BLOCK):
+        goal = targets[start : start + BLOCK].to(hidden.device)
+        logits = model.lm_head(hidden[0, start : start + len(goal)]).float()
+        parts.append(F.cross_entropy(logits, goal, reduction="none").cpu().double().numpy())
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def reading(perplexity: float) -> str:
+    """What a perplexity says at first sight (SPEC section 7)."""
+    steps = ((5, "leak?"), (30, "suspiciously low: known text?"), (500, "normal for a small model"), (1000, "high"))
+    return next((text for bound, text in steps if perplexity < bound), "untrained")
+
+
+@dataclass(frozen=True)
+class PerplexitySuite:
+    """Stretches of held-out text, scored by all arms."""
+
+    sources: Sources
+    length: int
+    samples: int
+    name: str = "perplexity"
+
+    def run(self, bench: Bench) -> None:
+        """See :class:`senri.evaluation.suites.Suite`."""
+        for sample in range(self.samples):
+            key = f"{self.name}/{sample}"
+            if key in bench.log.records:
+                continue
+            stretch = self.sources.books.stretch(self.length, Random(f"{self.sources.seed}/perplexity/{sample}"))
+            bench.log.add({"key": key, "source": stretch.source, **self._measure(bench, stretch.ids)})
+            bench.progress(f"{self.name}: text {sample + 1} of {self.samples}, {stretch.source}")
+
+    def _measure(self, bench: Bench, ids: np.ndarray) -> dict[str, Any]:
+        reader = bench.reader
+        assert isinstance(reader, SenriReader)
+        nll = {arm: streamed_nll(reader, ids, memory=arm == MEMORY) for arm in (MEMORY, MEMORY_OFF)}
+        if isinstance(bench.full, FullAttentionReader):
+            longest = bench.full.longest or len(ids)
+            nll[FULL_ATTENTION] = sliding_window_nll(bench.full.model, ids[:longest], longest)
+            window = reader.model.config.sliding_window_size
+            nll[SEGMENTS] = sliding_window_nll(bench.full.model, ids, window, stride=window)
+        edges = position_edges(self.length)
+        return {"edges": edges, "arms": {arm: _by_position(values, edges) for arm, values in nll.items()}}
+
+    def section(self, records: Sequence[Record], window: int | None) -> Section:
+        """See :class:`senri.evaluation.suites.Suite`."""
+        edges = records[0]["edges"]
+        arms = [arm for arm in ARMS if arm in records[0]["arms"]]
+        buckets = range(len(edges) - 1)
+        table = _by_position_table(records, arms, edges)
+        figure = Curves(
+            "perplexity_by_position",
+            f"Perplexity by position ({len(records)} texts" + (f", window {window:,})" if window else ")"),
+            "tokens before",
+            "perplexity",
+            tuple(_series(records, arm, edges) for arm in arms),
+            log_x=True,
+        )
+        whole = {arm: [_mean_nll(r, arm, buckets) for r in records] for arm in arms}
+        overall = _overall_table(whole, records, arms)
+        flags = [
+            f"LEAK?: {arm}: perplexity {math.exp(np.mean(values)):.2f} is below 5: was the text trained on?"
+            for arm, values in whole.items()
+            if math.exp(np.mean(values)) < 5
+        ]
+        text = (
+            f"{len(records)} stretches of {self.length:,} tokens of held-out text. Intervals (95 %) are over texts; "
+            "the difference is paired, so it shows what the memory does, not how hard the texts are."
+        )
+        return Section("Perplexity", text, tuple(flags), (overall, table), (figure,))
+
+
+def position_edges(length: int) -> list[int]:
+    """0, 256, 512, 1024, ... and ``length``: the numbers of tokens before, between which positions are pooled."""
+    edges = [0]
+    while (FIRST_EDGE << (len(edges) - 1)) < length - 1:
+        edges.append(FIRST_EDGE << (len(edges) - 1))
+    return [*edges, length]
+
+
+def _by_position(nll: np.ndarray, edges: Sequence[int]) -> list[list[float]]:
+    """``[sum, count]`` of each bucket; the prediction of token ``i + 1`` has ``i + 1`` tokens before it."""
+    out = []
+    for low, high in pairwise(edges):
+        part = nll[max(low - 1, 0) : high - 1]
+        part = part[~np.isnan(part)]
+        out.append([float(part.sum()), len(part)])
+    return out
+
+
+def _mean_nll(record: Record, arm: str, buckets: Sequence[int]) -> float:
+    parts = [record["arms"][arm][b] for b in buckets]
+    return sum(p[0] for p in parts) / max(sum(p[1] for p in parts), 1)
+
+
+def _measured(record: Record, arm: str, bucket: int) -> bool:
+    """Whether the arm scored the bucket whole (full attention ends somewhere)."""
+    return record["arms"][arm][bucket][1] >= record["arms"][MEMORY][bucket][1] * 0.9 > 0
+
+
+def _by_position_table(records: Sequence[Record], arms: Sequence[str], edges: Sequence[int]) -> Table:
+    rows = []
+    for bucket, (low, high) in enumerate(pairwise(edges)):
+        cells: list[str | float | None] = [f"{tokens(low)} to {tokens(high)}"]
+        for arm in arms:
+            known = _measured(records[0], arm, bucket)
+            cells.append(math.exp(np.mean([_mean_nll(r, arm, [bucket]) for r in records])) if known else None)
+        cells += _difference([_mean_nll(r, MEMORY, [bucket]) - _mean_nll(r, MEMORY_OFF, [bucket]) for r in records])
+        rows.append(tuple(cells))
+    columns = ("tokens before", *arms, "memory − memory off (nats)", "verdict")
+    return Table("Perplexity by position", columns, tuple(rows), dict.fromkeys(arms, ".2f"))
+
+
+def _difference(values: Sequence[float]) -> list[str | float | None]:
+    found = mean(values)
+    if found.n == 1:
+        return [f"{found.value:+.4f}", "nothing shown: one text"]
+    verdict = "better" if found.high < 0 else "worse" if found.low > 0 else "nothing shown"
+    return [f"{found.value:+.4f} [{found.low:+.4f}, {found.high:+.4f}]", verdict]
+
+
+def _overall_table(whole: dict[str, list[float]], records: Sequence[Record], arms: Sequence[str]) -> Table:
+    rows = []
+    for arm in arms:
+        found: Mean = mean(whole[arm])
+        scored = sum(int(b[1]) for r in records for b in r["arms"][arm])
+        bounds = None if found.n == 1 else f"[{math.exp(found.low):.2f}, {math.exp(found.high):.2f}]"
+        rows.append((arm, scored, math.exp(found.value), bounds, reading(math.exp(found.value))))
+    return Table(
+        "Perplexity of whole texts",
+        ("arm", "tokens scored", "perplexity", "interval", "reading"),
+        tuple(rows),
+        {"perplexity": ".2f", "tokens scored": ",d"},
+        f"{FULL_ATTENTION} covers only the beginning of each text, as far as the base's context reaches.",
+    )
+
+
+def _series(records: Sequence[Record], arm: str, edges: Sequence[int]) -> Series:
+    points = []
+    for bucket, (low, high) in enumerate(pairwise(edges)):
+        if _measured(records[0], arm, bucket):
+            found = mean([_mean_nll(r, arm, [bucket]) for r in records])
+            points.append((math.sqrt(max(low, 64) * high), *map(math.exp, (found.value, found.low, found.high))))
+    bounded = len(records) > 1
+    return Series(
+        arm,
+        tuple(p[0] for p in points),
+        tuple(p[1] for p in points),
+        tuple(p[2] for p in points) if bounded else (),
+        tuple(p[3] for p in points) if bounded else (),
+    )

@@ -1,0 +1,359 @@
+"""The reversal curse: is a fact known, or recalled, in the direction too in which it was not said?
+
+:func:`evaluate_reversal` and :func:`reversal_figures` serve any model; :class:`ReversalSuite` is the part of
+``senri eval``.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, partial
+from random import Random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from senri.data.haystack import Plant, encode, plant
+from senri.data.reversal import Pair, load_new_pairs, load_pairs
+from senri.evaluation.recall import Record
+from senri.evaluation.report import Section, Table
+from senri.evaluation.runner import ARMS, FULL_ATTENTION, MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY
+from senri.evaluation.statistics import CONFIDENCE
+from senri.hf.cache import SenriCache
+
+if TYPE_CHECKING:
+    from senri.evaluation.suites import Bench, Sources
+
+Score = Callable[[str, str], tuple[float, int]]  # (prompt, completion) -> nats of the completion, its tokens
+
+KNOWN, READ = "reversal/known", "reversal/read"
+MODEL = "model"  # the arm of known facts beside FULL_ATTENTION
+# The right completions after another fact's prompts: a memory that does as well there knows the words, not the fact.
+MEMORY_CROSSED, OFF_CROSSED = f"{MEMORY}, crossed prompts", f"{MEMORY_OFF}, crossed prompts"
+RESAMPLES = 2000
+BEFORE = 64  # tokens of text before a fact, about: the first token of all is special to attention
+BEYOND = 512  # tokens read after a fact beyond the window
+ROOM = 128  # tokens that a prompt and its completion take at most
+
+
+class Scored(NamedTuple):
+    """One fact's completions: nats, and tokens they are the sum over."""
+
+    forward_nll: float
+    forward_tokens: int
+    backward_nll: float
+    backward_tokens: int
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95 % bootstrap interval over facts; None what is not finite, or not known from one fact."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Reversal:
+    """The figures of ``n`` facts. Perplexity: exp of the mean nats of a completion's token, over all facts."""
+
+    n: int
+    forward: Estimate
+    backward: Estimate
+    ratio: Estimate  # forward / backward perplexity: below 1, forward is known better
+    gap: Estimate  # backward - forward perplexity
+
+
+def completion_nll(model: Any, ids_prompt: Sequence[int], ids_completion: Sequence[int], cache: Any = None) -> float:
+    """Nats of a completion after a prompt: the sum of its tokens' negative log-likelihoods.
+
+    Args:
+        model: any causal language model in ``eval()`` whose output has ``logits`` ``[B, T, vocabulary]``.
+        cache: what was read before the prompt; it stays as it is.
+
+    Raises:
+        ValueError: nothing to score or to start from, a model in ``train()`` or in an open session, or scores that are
+            not finite.
+    """
+    if not ids_prompt or not ids_completion:
+        raise ValueError("a prompt and a completion take one token or more each")
+    if model.training:
+        raise ValueError("evaluation is for a model in eval(): call model.eval() first")
+    if cache is None and getattr(model, "session", None) is not None:
+        raise ValueError("the model would go on from its open session: call model.end_session() first")
+    device = next(model.parameters()).device
+    ids = torch.tensor([[*ids_prompt, *ids_completion[:-1]]], device=device)
+    more = {} if cache is None else {"past_key_values": _fork(cache), "use_cache": True}
+    with torch.no_grad():
+        logits = model(input_ids=ids, **more).logits[0, -len(ids_completion) :]
+    targets = torch.tensor(ids_completion, device=device)[:, None]
+    nll = -float(logits.float().log_softmax(-1).gather(1, targets).sum())
+    if not np.isfinite(nll):
+        raise ValueError("the model's scores are not finite: it is broken, evaluate another one")
+    return nll
+
+
+def model_scorer(model: Any, tokenizer: Any, cache: Any = None, lead: str = "") -> Score:
+    """:func:`completion_nll` on texts; ``lead`` goes before every prompt, no special token does."""
+
+    def score(prompt: str, completion: str) -> tuple[float, int]:
+        ids = encode(tokenizer, completion)
+        return completion_nll(model, encode(tokenizer, lead + prompt), ids, cache), len(ids)
+
+    return score
+
+
+def evaluate_reversal(score: Score, pairs: Sequence[Pair]) -> list[Scored]:
+    """Both completions of every fact, each after its prompt alone."""
+    return [
+        Scored(
+            *score(pair.forward_prompt, pair.forward_completion), *score(pair.backward_prompt, pair.backward_completion)
+        )
+        for pair in pairs
+    ]
+
+
+def reversal_figures(scored: Sequence[Scored]) -> Reversal:
+    """Perplexities, ratio and gap, and how sure they are.
+
+    Raises:
+        ValueError: no facts.
+    """
+    if not scored:
+        raise ValueError("the reversal figures need one fact at least")
+
+    def figures(sums: np.ndarray) -> np.ndarray:
+        """[..., 4] sums over facts -> [..., 4] figures."""
+        forward, backward = np.exp(sums[..., 0] / sums[..., 1]), np.exp(sums[..., 2] / sums[..., 3])
+        return np.stack([forward, backward, forward / backward, backward - forward], axis=-1)
+
+    return Reversal(len(scored), *_bootstrap(np.array(scored, dtype=np.float64), figures))
+
+
+def saved(arm: Sequence[Scored], control: Sequence[Scored]) -> tuple[Estimate, Estimate]:
+    """Nats a token that ``arm`` saves against ``control`` on the same facts: forward, and backward.
+
+    Raises:
+        ValueError: no facts, or not the same number of them.
+    """
+    if not arm or len(arm) != len(control):
+        raise ValueError("a comparison needs the same facts in both arms")
+    a, c = np.array(arm, dtype=np.float64), np.array(control, dtype=np.float64)
+    table = np.stack([c[:, 0] - a[:, 0], a[:, 1], c[:, 2] - a[:, 2], a[:, 3]], axis=1)
+    forward, backward = _bootstrap(table, lambda sums: sums[..., [0, 2]] / sums[..., [1, 3]])
+    return forward, backward
+
+
+def _bootstrap(table: np.ndarray, figures: Callable[[np.ndarray], np.ndarray]) -> list[Estimate]:
+    """Figures of the column sums of ``table`` ``[facts, columns]``, with percentile intervals over drawn facts."""
+    n = len(table)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    tail = (1 - CONFIDENCE) / 2
+    with np.errstate(over="ignore", invalid="ignore"):  # a perplexity may be beyond all numbers: None
+        values, drawn = figures(table.sum(axis=0)), figures(draws @ table)
+        low, high = np.quantile(drawn, [tail, 1 - tail], axis=0) if n > 1 else np.full((2, len(values)), np.nan)
+    return [Estimate(*map(_finite, triple)) for triple in zip(values, low, high, strict=True)]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _fork(cache: Any) -> Any:
+    return cache.fork() if isinstance(cache, SenriCache) else copy.deepcopy(cache)
+
+
+@dataclass(frozen=True)
+class ReversalSuite:
+    """Known facts asked for in both directions, and new facts that were read in one.
+
+    The last of ``new`` is never asked for: its reading gives the "other memory".
+    """
+
+    sources: Sources
+    known: tuple[Pair, ...]
+    new: tuple[Pair, ...]
+    name: str = "reversal"
+
+    def run(self, bench: Bench) -> None:
+        """See :class:`senri.evaluation.suites.Suite`.
+
+        Raises:
+            ValueError: the log holds other facts under the same names (it is of another run).
+        """
+        readings = _Readings(self.sources, self.new, bench)
+        for number, pair in enumerate(self.known):
+            _add(bench, KNOWN, number, pair, np.empty(0, dtype=np.int32), partial(_known_arms, bench, pair))
+        for number, pair in enumerate(self.new[:-1]):
+            ids = readings.context(number)
+            _add(bench, READ, number, pair, ids, partial(readings.arms, number, ids))
+
+    def section(self, records: Sequence[Record], window: int | None) -> Section:
+        """See :class:`senri.evaluation.suites.Suite`."""
+        known, read = _by_arm(records, KNOWN), _by_arm(records, READ)
+        tables = [_figures_table("Known facts, nothing read", known)] if known else []
+        if read:
+            away = (window or 0) + BEYOND
+            tables += [_figures_table(f"New facts, read {away:,} tokens before", read), _saved_table(read)]
+        return Section("Reversal curse", _TEXT, tables=tuple(tables))
+
+
+def reversal(sources: Sources, *, folder: str | None, facts: int) -> ReversalSuite:
+    """The suite, with all known facts.
+
+    Args:
+        folder: the published data of Berglund et al.; None: our own facts.
+        facts: new facts to be read, each about ``window + 600`` tokens, by every control anew; 0: none.
+
+    Raises:
+        TextError: the folder does not hold the data; SampleError: fewer new facts than ``facts + 1``.
+    """
+    new = load_new_pairs(folder, facts + 1, Random(f"{sources.seed}/reversal")) if facts else []
+    return ReversalSuite(sources, tuple(load_pairs(folder)), tuple(new))
+
+
+def _add(
+    bench: Bench,
+    task: str,
+    number: int,
+    pair: Pair,
+    ids: np.ndarray,
+    arms: Callable[[], Iterator[tuple[str, Score, Pair]]],
+) -> None:
+    """Score a fact after the text ``ids`` by all ``arms`` (name, score, what is asked), unless the log has it."""
+    key = f"{task}/{number}"
+    digest = hashlib.sha256(ids.tobytes() + json.dumps(astuple(pair)).encode()).hexdigest()
+    known = bench.log.records.get(key)
+    if known is None:
+        found = {arm: evaluate_reversal(score, [asked])[0]._asdict() for arm, score, asked in arms()}
+        bench.log.add({"key": key, "task": task, "prompt_sha256": digest, "fact": pair.sentence, "arms": found})
+        bench.progress(f"{task}: fact {number + 1:,}: {pair.sentence}")
+    elif known["prompt_sha256"] != digest:
+        raise ValueError(f"{bench.log.path} holds another sample as {key}: it is of another run, name another folder")
+
+
+def _known_arms(bench: Bench, pair: Pair) -> Iterator[tuple[str, Score, Pair]]:
+    """Nothing is read before."""
+    reader: Any = bench.reader
+    yield MODEL, model_scorer(reader.model, bench.tokenizer, reader.blank()), pair
+    if bench.full is not None:
+        full: Any = bench.full
+        yield FULL_ATTENTION, model_scorer(full.model, bench.tokenizer), pair
+
+
+class _Readings:
+    """Facts read in their forward direction, so long ago that they have left the window."""
+
+    def __init__(self, sources: Sources, pairs: Sequence[Pair], bench: Bench) -> None:
+        self.sources, self.pairs, self.bench = sources, pairs, bench
+
+    def context(self, number: int) -> np.ndarray:
+        """A fact in held-out text, token ids ``[N]``."""
+        fact = encode(self.bench.tokenizer, " " + self.pairs[number].sentence)
+        length = BEFORE + len(fact) + (self.bench.reader.window or 0) + BEYOND
+        stretch = self.sources.books.stretch(length, Random(f"{self.sources.seed}/reversal/{number}"))
+        return plant(stretch, [Plant(BEFORE, tuple(fact))], length)[0]
+
+    def arms(self, number: int, ids: np.ndarray) -> Iterator[tuple[str, Score, Pair]]:
+        """Each arm's score of a fact after ``ids``, its context."""
+        reader: Any = self.bench.reader
+        pair, crossed = self.pairs[number], _crossed(self.pairs[number], self.pairs[number + 1])
+        with_memory, without = reader.read(ids, len(ids)), reader.read(ids, len(ids), memory=False)
+        for arm, state, asked in (
+            (MEMORY, with_memory, pair),
+            (MEMORY_OFF, without, pair),
+            (OTHER_MEMORY, reader.with_memory_of(without, self._other), pair),
+            (QUESTION_ONLY, reader.blank(), pair),
+            (MEMORY_CROSSED, with_memory, crossed),
+            (OFF_CROSSED, without, crossed),
+        ):
+            yield arm, model_scorer(reader.model, self.bench.tokenizer, state, "\n"), asked
+        full: Any = self.bench.full
+        if full is not None and (full.longest is None or len(ids) + ROOM <= full.longest):
+            cache = _read_in_full(full.model, ids)
+            yield FULL_ATTENTION, model_scorer(full.model, self.bench.tokenizer, cache, "\n"), pair
+
+    @cached_property
+    def _other(self) -> Any:
+        """The memory after the last fact."""
+        ids = self.context(len(self.pairs) - 1)
+        return self.bench.reader.memory_of(self.bench.reader.read(ids, len(ids)))
+
+
+def _crossed(pair: Pair, following: Pair) -> Pair:
+    """The completions of a fact after the prompts of the one that follows, which has its sides in the other order."""
+    prompts = following.turned
+    return replace(pair, forward_prompt=prompts.forward_prompt, backward_prompt=prompts.backward_prompt)
+
+
+def _read_in_full(model: Any, ids: np.ndarray) -> DynamicCache:
+    """Keys and values of a whole text, as the base model keeps them."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model.model(
+            torch.from_numpy(ids.astype(np.int64))[None].to(model.device), past_key_values=cache, use_cache=True
+        )
+    return cache
+
+
+def _by_arm(records: Sequence[Record], task: str) -> dict[str, list[Record]]:
+    """Records of a task by the arms that they have, in the order of all tables."""
+    mine = [r for r in records if r["task"] == task]
+    found = {arm: [r for r in mine if arm in r["arms"]] for arm in (MODEL, *ARMS, MEMORY_CROSSED, OFF_CROSSED)}
+    return {arm: rs for arm, rs in found.items() if rs}
+
+
+def _scored(records: Sequence[Record], arm: str) -> list[Scored]:
+    return [Scored(**r["arms"][arm]) for r in records]
+
+
+def _figures_table(title: str, by_arm: Mapping[str, Sequence[Record]]) -> Table:
+    columns = ("arm", "facts", "forward perplexity", "backward perplexity", "ratio", "gap")
+    rows = []
+    for arm, records in by_arm.items():
+        figures = reversal_figures(_scored(records, arm))
+        shown = (figures.forward, ".1f"), (figures.backward, ".1f"), (figures.ratio, ".2f"), (figures.gap, "+.1f")
+        rows.append((arm, figures.n, *(_shown(value, spec) for value, spec in shown)))
+    note = "ratio = forward / backward; gap = backward − forward; in brackets 95 % bootstrap intervals over facts."
+    return Table(title, columns, tuple(rows), note=note)
+
+
+def _saved_table(by_arm: Mapping[str, Sequence[Record]]) -> Table:
+    """The memory against each other arm, on the facts that have both."""
+    rows = []
+    for other in (*ARMS, OFF_CROSSED):
+        arm = MEMORY_CROSSED if other == OFF_CROSSED else MEMORY
+        if other != MEMORY and (records := by_arm.get(other, [])):
+            forward, backward = saved(_scored(records, arm), _scored(records, other))
+            rows.append((arm, other, len(records), _shown(forward, "+.3f"), _shown(backward, "+.3f")))
+    return Table(
+        "What the memory saves, in nats a token",
+        ("arm", "against", "facts", "forward (as read)", "backward (reversed)"),
+        tuple(rows),
+        note="Above 0: the completion is more likely with the memory. An interval that holds 0 shows nothing. Crossed "
+        "prompts are another fact's: what is saved there too is for the words alone, and shows no fact recalled.",
+    )
+
+
+def _shown(estimate: Estimate, spec: str) -> str | None:
+    if estimate.value is None:
+        return None
+    value = format(estimate.value, spec)
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} [{estimate.low:{spec}}, {estimate.high:{spec}}]"
+
+
+_TEXT = (
+    "A fact has two directions, and a model that completes one often cannot complete the other (Berglund et al. "
+    "2023). Perplexity is that of the completion's tokens alone. The two completions of a fact are different words, so "
+    "no ratio is a mark of its own: compare it between models and arms. Known facts test the weights. New facts, about "
+    "persons who do not exist, were read in the forward direction only, as often with the name first as with the "
+    "description, and had left the window when both directions were asked for."
+)

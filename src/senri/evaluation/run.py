@@ -1,0 +1,131 @@
+"""One evaluation: its folder, its identity, its suites one after the other, its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from senri import __version__
+from senri.evaluation.report import Report, Section, Value
+from senri.evaluation.runner import Log
+from senri.evaluation.suites import Bench, Suite
+from senri.evaluation.write import write_report
+from senri.hf.memory_file import write_atomically
+
+IDENTITY, RECORDS = "run.json", "records.jsonl"
+Identity = dict[str, Any]  # all that decides the results, as JSON values
+
+
+def run_name(identity: Identity) -> str:
+    """A folder name that is the same for the same settings, model and texts, and for no others."""
+    text = json.dumps(identity, sort_keys=True)
+    return f"{Path(str(identity['model'])).name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def open_run(folder: Path, identity: Identity) -> Log:
+    """The log of a run in ``folder``, new or to be continued.
+
+    Raises:
+        ValueError: the folder holds another run, naming what differs; or something else.
+    """
+    known = folder / IDENTITY
+    if known.is_file():
+        differing = sorted(_differences(load_identity(folder), json.loads(json.dumps(identity))))
+        if differing:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(differing)}): name another folder with -o"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no evaluation: name another folder with -o")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(known, json.dumps(identity, indent=1).encode())
+    return Log(folder / RECORDS)
+
+
+def load_identity(folder: Path) -> Identity:
+    """What a run was made with.
+
+    Raises:
+        ValueError: no evaluation's folder, or a damaged one.
+    """
+    try:
+        return json.loads((folder / IDENTITY).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no folder of an evaluation: it has no {IDENTITY}") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / IDENTITY} cannot be read ({error}): remove the folder") from None
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [name]
+
+
+def evaluate(
+    suites: Sequence[Suite], bench: Bench, folder: Path, identity: Identity, facts: dict[str, Value] | None = None
+) -> Report:
+    """Run the suites, writing the report anew after each: an interrupted evaluation shows what it has.
+
+    Args:
+        folder: as given to :func:`open_run`.
+        facts: shown in the report beside the identity and the versions.
+    """
+    report = None
+    for number in range(1, len(suites) + 1):
+        suites[number - 1].run(bench)
+        report = build_report(suites[:number], bench.log, bench.reader.window, identity, facts)
+        write_report(report, folder)
+    if report is None:
+        raise ValueError("there is no suite to run: name some in evaluation.suites of experiment.yaml")
+    return report
+
+
+def build_report(
+    suites: Sequence[Suite], log: Log, window: int | None, identity: Identity, facts: dict[str, Value] | None = None
+) -> Report:
+    """The report of what the log holds."""
+    sections: list[Section] = []
+    for suite in suites:
+        records = [r for key, r in log.records.items() if key.startswith(f"{suite.name}/")]
+        if records:
+            sections.append(suite.section(records, window))
+    shown = {name: value for name, value in identity.items() if value is None or isinstance(value, str | int | float)}
+    return Report(
+        f"Evaluation of {identity['model']}",
+        {**shown, **(facts or {}), **versions()},
+        tuple(sections),
+        json.loads(json.dumps(identity)),
+    )
+
+
+def versions() -> dict[str, Value]:
+    """Versions of everything that could change a result, and the machine."""
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+    return {
+        "senri": __version__,
+        "git revision": git_revision(),
+        **packages,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {platform.system()}",
+    }
+
+
+def git_revision() -> str | None:
+    """The checkout's commit, with "+changes" where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
