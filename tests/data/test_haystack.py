@@ -4,7 +4,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from senri.data.corpus import Document
@@ -262,6 +262,7 @@ def plantings(draw):
     return stretch, plants, len(head) + sum(len(p.ids) for p in plants) + room, head, room
 
 
+@settings(deadline=None)
 @given(plantings())
 def test_planting(planting):
     stretch, plants, length, head, room = planting
@@ -291,6 +292,7 @@ def test_planting(planting):
         before = hay
 
 
+@settings(deadline=None)
 @given(plantings(), st.integers(0, 20), st.integers(1, 5))
 def test_what_comes_later_moves_nothing(planting, extra, size):
     stretch, plants, length, head, room = planting
@@ -307,6 +309,7 @@ def test_what_comes_later_moves_nothing(planting, extra, size):
     assert all(spans[i] == spans_2[i] for i in range(len(plants)) if i not in at_end)
 
 
+@settings(deadline=None)
 @given(plantings())
 def test_plants_in_any_order_land_in_the_same_places(planting):
     stretch, plants, length, head, _ = planting

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -41,6 +41,7 @@ def test_published_intervals(correct, n, low, high):
     assert found.high == pytest.approx(high, abs=5e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_the_closed_formula(case):
     correct, n = case
@@ -86,6 +87,7 @@ def test_separate_needs_a_gap_between_the_intervals():
     assert isinstance(separate(*inside), int)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30))
 def test_separate_is_antisymmetric_and_follows_the_shares(a, b):
     one, two = share(a, 30), share(b, 30)
@@ -111,6 +113,7 @@ def test_the_mean_by_hand():
     assert found.high == pytest.approx(2.5 + half, abs=1e-7)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30))
 def test_the_mean_against_scipy(values):
     found = mean(values)

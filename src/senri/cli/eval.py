@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table as RichTable
 
 from senri.cli.common import console, open_session, quiet_transformers, warn
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from senri.session import Session
 
 NAME = "eval"
+WIDTH = 160  # columns of a table that goes to a file
 
 
 def command(
@@ -210,14 +213,16 @@ def show(report: Report, folder: Path) -> None:
 
     if console.is_terminal:
         console.print(" " * (console.width - 1), end="\r")
+    # a log or a pipe has no width of its own to keep to
+    wide = console if console.is_terminal else Console(width=WIDTH, highlight=False, markup=False, emoji=False)
     for section in report.sections:
         for table in section.tables:
-            drawn = RichTable(title=f"{section.title}: {table.title}", title_justify="left")
+            drawn = RichTable(title=f"{section.title}: {table.title}", title_justify="left", box=SIMPLE_HEAD)
             for column in table.columns:
                 drawn.add_column(column, justify="right" if column != table.columns[-1] else "left")
             for row in cells(table):
                 drawn.add_row(*row)
-            console.print(drawn)
+            wide.print(drawn)
         for flag in section.flags:
             console.print(f"! {flag}")
     console.print(f"report: {folder / 'report.html'} (and report.md, report.json, pictures)")

@@ -23,11 +23,12 @@ class Document:
 
     name: str
     text: str
+    part_of: str | None = None  # digest of the whole text that this is a part of
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the text: two documents are the same when their digests are."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """SHA-256 of the whole text: two documents are of the same text when their digests are equal."""
+        return self.part_of or hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def load_documents(paths: Sequence[str | Path]) -> list[Document]:
@@ -58,7 +59,7 @@ def _documents_of(path: Path) -> Iterable[Document]:
             if file.stat().st_size:
                 yield from _documents_of(file)
     elif path.suffix == ".jsonl":
-        lines = "".join(iter_text(path)).splitlines()
+        lines = "".join(iter_text(path)).split("\n")  # not splitlines(): a text may hold U+2028
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield Document(f"{path.name}:{number}", _text_field(line, f"{path}: line {number}"))
@@ -69,7 +70,8 @@ def _documents_of(path: Path) -> Iterable[Document]:
 def _text_field(line: str, place: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        text.encode()  # half a surrogate pair is no text
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError):
         text = None
     if not isinstance(text, str):
         raise TextError(f'{place} is no JSON object with a field "text"')
@@ -82,11 +84,17 @@ def split_documents(documents: Sequence[Document], part: Part, share: float = 0.
     A document belongs to ``evaluation`` when its digest, as a number, falls below ``share``; so adding texts moves none
     of the old ones. A collection whose documents all fall on one side is cut instead: each document's last ``share``
     (at a paragraph or sentence) is for evaluation.
+
+    Raises:
+        TextError: too little text for two sides.
     """
     below = [int(d.digest[:8], 16) < share * 2**32 for d in documents]
     if any(below) and not all(below):
         return [d for d, evaluation in zip(documents, below, strict=True) if evaluation == (part == "evaluation")]
-    return [_side(document, part, share) for document in documents]
+    sides = [side for document in documents if (side := _side(document, part, share)).text.strip()]
+    if not sides:
+        raise TextError("there is too little text to keep a part of it for evaluation: give more, or longer, texts")
+    return sides
 
 
 def _side(document: Document, part: Part, share: float) -> Document:
@@ -98,12 +106,12 @@ def _side(document: Document, part: Part, share: float) -> Document:
             cut = found + len(mark)
             break
     if part == "training":
-        return Document(f"{document.name} (first part)", text[:cut])
-    return Document(f"{document.name} (last part)", text[cut:])
+        return Document(f"{document.name} (first part)", text[:cut], document.digest)
+    return Document(f"{document.name} (last part)", text[cut:], document.digest)
 
 
 def check_disjoint(documents: Sequence[Document], digests: Iterable[str], owner: str) -> None:
-    """Refuse texts that were trained on.
+    """Refuse texts that were trained on, as a whole or in part.
 
     Args:
         digests: of the documents of the training; ``owner`` names what was trained on them.

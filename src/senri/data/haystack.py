@@ -85,7 +85,7 @@ class BookHaystack:
         return Stretch(ids, self.cuts(ids), " + ".join(dict.fromkeys(names)))
 
     def cuts(self, ids: np.ndarray) -> np.ndarray:
-        """Where a sentence ends and the next one begins in the same paragraph; and both ends."""
+        """Where a sentence ends, before the next one or the paragraph's end; and both ends of the whole."""
         inside = np.flatnonzero(self.ends[ids[:-1]] & self.starts[ids[1:]]) + 1
         return np.unique(np.concatenate([[0], inside, [len(ids)]]))
 
@@ -161,10 +161,11 @@ def plant(
     parts: list[np.ndarray] = [np.array(head, dtype=np.int32)]
     spans: dict[int, tuple[int, int]] = {}
     used, done = 0, len(head)  # tokens taken of the stretch, laid in the context
-    cuts = np.append(stretch.cuts[stretch.cuts < room], room)
+    cuts = stretch.cuts[stretch.cuts < room]  # the context's end may cut a sentence: no place for another one
     for index in sorted(range(len(plants)), key=lambda i: plants[i].position):
         aim = used + plants[index].position - done
         later = cuts[cuts >= used]
+        later = later if len(later) else np.array([room])
         cut = int(later[max(int(np.searchsorted(later, aim, side="right")) - 1, 0)])
         parts += [stretch.ids[used:cut], np.array(plants[index].ids, dtype=np.int32)]
         done += cut - used
@@ -176,10 +177,10 @@ def plant(
 
 @lru_cache(maxsize=4)
 def _sentence_tables(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Of every token id: whether it ends a sentence, and whether it begins a new word after a space."""
+    """Of every token id: whether it ends a sentence, and whether it begins a new word after a space or ends a line."""
     size = len(tokenizer)
     words = tokenizer.batch_decode([[i] for i in range(size)])
     closing = "\"'”’)] "
     ends = np.array([w.rstrip(closing).endswith((".", "!", "?")) for w in words])
-    starts = np.array([len(w) > 1 and w[0] == " " and w[1].isalnum() for w in words])
+    starts = np.array([w[:1] == "\n" or (w[:1] == " " and w[1:2].isalnum()) for w in words])
     return ends, starts

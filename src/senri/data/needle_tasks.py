@@ -65,16 +65,16 @@ KINDS: dict[str, Callable[[Random], str]] = {
 
 # The questions begin the answer in the fact's own words, as RULER's do: a small model that was never taught a form of
 # answer finds what stands in plain sight four times as often (docs/LOG.md). "single_free" leaves the answer open.
-_FREE = Wording(" The secret key is: {value}.", "\nQuestion: What is the secret key mentioned above?\nAnswer:")
+_FREE = Wording(" The secret key is: {value}.", "\n\nQuestion: What is the secret key mentioned above?\nAnswer:")
 _PLAIN = Wording(_FREE.fact, _FREE.question + " The secret key is:")
 _PASSKEY = Wording(
     " The pass key is {value}. Remember it. {value} is the pass key.",
-    "\nQuestion: What is the pass key mentioned above?\nAnswer: The pass key is",
+    "\n\nQuestion: What is the pass key mentioned above?\nAnswer: The pass key is",
 )
 
 
 def _named(asked: str, begun: str, verb: str) -> Wording:
-    question = f"\nQuestion: What {asked} of {{key}} mentioned above?\nAnswer: The {begun} of {{key}} {verb}"
+    question = f"\n\nQuestion: What {asked} of {{key}} mentioned above?\nAnswer: The {begun} of {{key}} {verb}"
     return Wording(" The secret key of {key} is: {value}.", question)
 
 
@@ -87,35 +87,35 @@ HELD_OUT = (
         "city",
         Wording(
             " {key} was born in {value}.",
-            "\nQuestion: In which city was {key} born?\nAnswer: {key} was born in",
+            "\n\nQuestion: In which city was {key} born?\nAnswer: {key} was born in",
         ),
     ),
     (
         "food",
         Wording(
             " What {key} likes to eat best is {value}.",
-            "\nQuestion: What does {key} like to eat best?\nAnswer: {key} likes to eat",
+            "\n\nQuestion: What does {key} like to eat best?\nAnswer: {key} likes to eat",
         ),
     ),
     (
         "job",
         Wording(
-            " For many years {key} worked as a {value}.",
-            "\nQuestion: What did {key} work as?\nAnswer: {key} worked as a",
+            " {key} earned a living for many years as {value}.",
+            "\n\nQuestion: As what did {key} earn a living?\nAnswer: {key} earned a living as",
         ),
     ),
     (
         "number",
         Wording(
             " The telephone number of {key} is {value}.",
-            "\nQuestion: What is the telephone number of {key}?\nAnswer: The telephone number is",
+            "\n\nQuestion: What is the telephone number of {key}?\nAnswer: The telephone number is",
         ),
     ),
     (
         "words",
         Wording(
             " Whoever wants to enter the house of {key} has to say the password {value}.",
-            "\nQuestion: Which password opens the house of {key}?\nAnswer: The password is",
+            "\n\nQuestion: Which password opens the house of {key}?\nAnswer: The password is",
         ),
     ),
 )
@@ -142,7 +142,7 @@ def _ruler(name: str, key: str, value: str, haystack: str, **counts: int) -> Nee
     wording = Wording(
         fact=f" The magic {plural[:-1]} of {{key}} is {{value}}.",
         head=f"The text below hides magic {plural}. Remember them well, for a question about them comes after it.\n",
-        question=f"\nQuestion: What {what} the {noun} of {{key}} in the text above?"
+        question=f"\n\nQuestion: What {what} the {noun} of {{key}} in the text above?"
         f"\nAnswer: The {noun} of {{key}} {verb}",
     )
     return NeedleTask(

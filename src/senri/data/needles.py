@@ -10,6 +10,7 @@ from senri.data.haystack import Haystack, Plant, RepeatedHaystack, SentenceHayst
 from senri.data.needle_tasks import KINDS, NIAH, NeedleTask, Wording
 from senri.data.samples import Context, Question, SampleError
 
+CROWDED = 0.15  # share of a length that a fact of `shared` may be moved by, for want of room
 RULER_DEPTHS = 40  # RULER draws needle depths from this many, evenly spaced
 
 
@@ -41,7 +42,7 @@ def needle_contexts(
     base = f"{seed}/{task.name}/{sample}"
     stretch = _haystack(task, wording, books, tokenizer).stretch(max(lengths), Random(base))
     cells = [(n, d) for n in lengths for d in (depths if task.by_depth else [None])]
-    cells.sort(key=lambda cell: -cell[0] * (cell[1] or 0.0) + 1e-6 * cell[0])
+    cells.sort(key=lambda cell: (-cell[0] * (cell[1] or 0.0), cell[0]))
     contexts = []
     for length, depth in cells:
         facts = _Facts(task, wording, Random(f"{base}/{depth}"))
@@ -160,11 +161,8 @@ def shared_context(
     sizes = [
         length - len(question) - task.max_new_tokens for (length, _), question in zip(cells, questions, strict=True)
     ]
-    plants = []
-    for i, ((_, depth), size) in enumerate(zip(cells, sizes, strict=True)):
-        first = i - i % per_cell
-        latest = size - sum(map(len, facts[first : first + per_cell]))  # none may slip behind its question
-        plants.append(Plant(min(depth * size, latest), facts[i]))
+    positions = _in_time([depth * size for (_, depth), size in zip(cells, sizes, strict=True)], sizes, facts)
+    plants = [Plant(position, fact) for position, fact in zip(positions, facts, strict=True)]
     stretch = books.stretch(max(lengths), rng)
     ids, spans = plant(stretch, plants, max(sizes))
     order = sorted(range(len(cells)), key=lambda i: sizes[i])
@@ -184,6 +182,22 @@ def shared_context(
         ),
         source=stretch.source,
     )
+
+
+def _in_time(wanted: Sequence[float], sizes: Sequence[int], facts: Sequence[Sequence[int]]) -> list[float]:
+    """Where facts must stand so that none ends behind its question or pushes another there: each at ``wanted`` or
+    earlier.
+    """
+    positions = list(wanted)
+    limit = float(max(sizes))
+    for i in sorted(range(len(facts)), key=lambda i: wanted[i], reverse=True):
+        positions[i] = limit = min(positions[i], min(limit, sizes[i]) - len(facts[i]))
+        if wanted[i] - len(facts[i]) - limit > CROWDED * sizes[i]:
+            raise SampleError(
+                f"{len(facts):,} facts are too many for lengths from {min(sizes):,} tokens on: ask for fewer a cell, "
+                "or leave the shortest length out"
+            )
+    return positions
 
 
 def distance_context(

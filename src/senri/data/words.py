@@ -42,12 +42,13 @@ FOODS = (
     "vegetable curry", "walnut bread",
 )  # fmt: skip
 JOBS = (
-    "baker", "barber", "beekeeper", "blacksmith", "bookbinder", "brewer", "bricklayer", "butcher", "carpenter",
-    "chemist", "clockmaker", "cobbler", "coachman", "dancer", "dentist", "diver", "farmer", "ferryman", "fisherman",
-    "florist", "gardener", "glassblower", "goldsmith", "hunter", "innkeeper", "jeweller", "judge", "librarian",
-    "locksmith", "miller", "miner", "midwife", "nurse", "painter", "pilot", "piper", "plumber", "postman", "potter",
-    "sailor", "sculptor", "shepherd", "surgeon", "tailor", "tanner", "teacher", "translator", "watchman", "weaver",
-    "violinist",
+    "a baker", "a barber", "a beekeeper", "a blacksmith", "a bookbinder", "a brewer", "a bricklayer", "a butcher",
+    "a carpenter", "a chemist", "a clockmaker", "a cobbler", "a coachman", "a dancer", "a dentist", "a diver",
+    "a farmer", "a ferryman", "a fisherman", "a florist", "a gardener", "a glassblower", "a goldsmith", "a hunter",
+    "an innkeeper", "a jeweller", "a judge", "a librarian", "a locksmith", "a miller", "a miner", "a midwife",
+    "a nurse", "a painter", "a pilot", "a piper", "a plumber", "a postman", "a potter", "a sailor", "a sculptor",
+    "a shepherd", "a surgeon", "a tailor", "a tanner", "a teacher", "a translator", "a watchman", "a weaver",
+    "a violinist",
 )  # fmt: skip
 
 

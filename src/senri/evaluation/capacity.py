@@ -19,7 +19,7 @@ from senri.data.needle_tasks import KINDS
 from senri.data.samples import SampleError
 from senri.data.words import words_of
 from senri.evaluation.readers import SenriReader
-from senri.evaluation.recall import Record
+from senri.evaluation.recall import Record, share_series
 from senri.evaluation.report import Curves, Section, Series, Table
 from senri.evaluation.runner import MEMORY, MEMORY_OFF
 from senri.evaluation.statistics import Share, separate, share
@@ -114,7 +114,7 @@ class CapacitySuite:
             "pairs told",
             "right values",
             (
-                *(_series(arm, points) for arm, points in shares.items()),
+                *(share_series(arm, points) for arm, points in shares.items()),
                 Series("chance", tuple(float(p) for p, _ in shares[MEMORY]), (1 / CHOICES,) * len(rows), dashed=True),
             ),
             log_x=True,
@@ -167,13 +167,3 @@ def memory_floats(reader: SenriReader) -> int:
     empty = reader.model.model.empty_state(1, reader.model.dtype)
     memories = [layer.memory.memory for layer in empty.layers if layer.memory is not None]
     return sum(t.numel() for m in memories for name, t in named_tensors(m).items() if name in ("M", "z"))
-
-
-def _series(arm: str, points: Sequence[tuple[int, Share]]) -> Series:
-    return Series(
-        arm,
-        tuple(float(x) for x, _ in points),
-        tuple(s.value for _, s in points),
-        tuple(s.low for _, s in points),
-        tuple(s.high for _, s in points),
-    )

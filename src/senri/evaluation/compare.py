@@ -9,8 +9,8 @@ from typing import Any
 
 from scipy import stats
 
-from senri.evaluation.recall import Cell, Record, group, tokens
-from senri.evaluation.report import Curves, Report, Section, Series, Table, Value
+from senri.evaluation.recall import Cell, Record, group, share_series, tokens
+from senri.evaluation.report import Curves, Report, Section, Table, Value
 from senri.evaluation.run import RECORDS, load_identity, versions
 from senri.evaluation.runner import MEMORY, Log
 from senri.evaluation.statistics import mean, separate
@@ -65,11 +65,12 @@ def _recall_sections(a: Mapping[str, Record], b: Mapping[str, Record]) -> list[S
 def _recall_section(suite: str, a: Sequence[Record], b: Sequence[Record]) -> Section:
     rows, figures = [], []
     cells = [group(run, "task", "length", "distance") for run in (a, b)]
-    for key in cells[0]:
+    tasks = list(dict.fromkeys(r["cell"]["task"] for r in a))
+    for key in sorted(cells[0], key=lambda key: tasks.index(key[0])):
         if key in cells[1]:
             rows.append(_row(key, cells[0][key], cells[1][key]))
     columns = ("task", "length", "A samples", "A", "B samples", "B", "only A right", "only B right", "p", "verdict")
-    for task in dict.fromkeys(key[0] for key in cells[0]):
+    for task in tasks:
         figures.append(_curves(suite, task, cells))
     note = "p: exact binomial test on the samples that only one of the two got right, the same prompts in both runs."
     return Section(suite, tables=(Table(suite, columns, tuple(rows), {"p": ".3f"}, note),), figures=tuple(figures))
@@ -92,17 +93,8 @@ def _row(key: tuple[Any, ...], a: Cell, b: Cell) -> tuple[Any, ...]:
 def _curves(suite: str, task: str, cells: Sequence[Mapping[tuple[Any, ...], Cell]]) -> Curves:
     series = []
     for name, run in zip(NAMES, cells, strict=True):
-        points = [(float(k[1] or k[2]), cell.share(MEMORY)) for k, cell in run.items() if k[0] == task]
-        known = [(x, s) for x, s in points if s is not None]
-        series.append(
-            Series(
-                name,
-                tuple(x for x, _ in known),
-                tuple(s.value for _, s in known),
-                tuple(s.low for _, s in known),
-                tuple(s.high for _, s in known),
-            )
-        )
+        points = [(k[1] or k[2], cell.share(MEMORY)) for k, cell in run.items() if k[0] == task]
+        series.append(share_series(name, points))
     title = f"{task}: answers found with memory"
     return Curves(f"{suite}_{task}", title, "tokens", "answers found", tuple(series), log_x=True, y_range=(0.0, 1.0))
 

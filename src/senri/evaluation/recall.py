@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from senri.evaluation.report import Curves, HeatMap, Section, Series, Table
-from senri.evaluation.runner import ARMS, FULL_ATTENTION, MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY
+from senri.evaluation.runner import ARMS, MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY
 from senri.evaluation.statistics import Share, separate, share
 
 Record = Mapping[str, Any]
@@ -185,10 +185,14 @@ def _curves(task: str, cells: Mapping[tuple[Any, ...], Cell], window: int | None
 
 
 def _series(arm: str, cells: Mapping[int, Cell]) -> Series:
-    points = [(float(x), cell.share(arm)) for x, cell in cells.items()]
-    known = [(x, s) for x, s in points if s is not None]
+    return share_series(arm, [(x, cell.share(arm)) for x, cell in cells.items()])
+
+
+def share_series(name: str, points: Iterable[tuple[float, Share | None]]) -> Series:
+    """A curve of shares with their intervals; points without a share are left out."""
+    known = [(float(x), s) for x, s in points if s is not None]
     return Series(
-        arm,
+        name,
         tuple(x for x, _ in known),
         tuple(s.value for _, s in known),
         tuple(s.low for _, s in known),
@@ -202,6 +206,3 @@ def tokens(n: int) -> str:
         if n >= size:
             return f"{n / size:.3g}{unit}"
     return str(n)
-
-
-__all__ = ["FULL_ATTENTION", "Cell", "distance_section", "group", "recall_section", "tokens", "warnings"]
