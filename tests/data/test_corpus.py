@@ -131,17 +131,28 @@ def test_json_lines_end_at_newlines_only(tmp_path, separator):
     assert [d.text for d in load_documents([path])] == [text]
 
 
-def test_half_a_surrogate_pair_is_named(tmp_path):
-    path = write(tmp_path, "a.jsonl", '{"text": "cut off: \\ud83d"}')
-    assert "line 1" in refusal(load_documents, [path])
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ude00\\ud83d"])
+def test_half_a_surrogate_pair_is_named(tmp_path, half):
+    path = write(tmp_path, "a.jsonl", '{"text": "whole: \\ud83d\\ude00"}\n{"text": "cut off: %s"}' % half)
+    assert refusal(load_documents, [path]) == f'{path}: line 2 is no JSON object with a field "text"'
+    path = write(tmp_path, "b.jsonl", '{"text": "whole: \\ud83d\\ude00"}\n')
+    assert [d.text for d in load_documents([path])] == ["whole: 😀"]
 
 
 # splitting -------------------------------------------------------------------------------------------------------
 
-TEXTS = st.text(alphabet="ab .\nÉ", min_size=1, max_size=40)
-COLLECTIONS = st.lists(TEXTS, min_size=1, max_size=25, unique=True).map(
-    lambda texts: [Document(f"d{i}", text) for i, text in enumerate(texts)]
-)
+TINY_TEXTS = st.text(alphabet="ab .\nÉ", min_size=1, max_size=40)
+# long enough for two sides at any of the shares, and with a letter at both ends
+TEXTS = st.text(alphabet="ab .\nÉ", min_size=26, max_size=66).map("a{}b".format)
+
+
+def collections(texts):
+    return st.lists(texts, min_size=1, max_size=25, unique=True).map(
+        lambda texts: [Document(f"d{i}", text) for i, text in enumerate(texts)]
+    )
+
+
+COLLECTIONS = collections(TEXTS)
 SHARES = st.sampled_from([0.02, 0.1, 0.3, 0.5, 0.9])
 
 
@@ -149,8 +160,17 @@ def both(documents, share):
     return (split_documents(documents, "training", share), split_documents(documents, "evaluation", share))
 
 
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def one_sided(documents, share):
+    """All documents are on one side, by the documented rule: so they are cut."""
+    return len({int(sha256(d.text), 16) / 2**256 < share for d in documents}) == 1
+
+
 def was_cut(documents, training):
-    return training[0] not in documents if training else False
+    return training[0] not in documents
 
 
 @settings(deadline=None)
@@ -158,10 +178,14 @@ def was_cut(documents, training):
 def test_the_sides_never_meet_and_together_are_everything(documents, share):
     training, evaluation = both(documents, share)
     assert both(documents, share) == (training, evaluation)
+    assert was_cut(documents, training) == one_sided(documents, share)
     if was_cut(documents, training):
         assert len(training) == len(evaluation) == len(documents)
         for document, first, last in zip(documents, training, evaluation, strict=True):
             assert first.text + last.text == document.text  # so no character is on both sides
+            assert first.text.strip()
+            assert last.text.strip()
+            assert first.digest == last.digest == document.digest == sha256(document.text), "the whole text's"
             assert first.name != last.name
             assert document.name in first.name
             assert document.name in last.name
@@ -170,11 +194,49 @@ def test_the_sides_never_meet_and_together_are_everything(documents, share):
             assert (most + 1) // 2 - 1 <= len(last.text) <= most
     else:
         assert {d.digest for d in training}.isdisjoint(d.digest for d in evaluation)
+        assert all(d.digest == sha256(d.text) for d in training + evaluation)
         assert sorted(d.name for d in training + evaluation) == sorted(d.name for d in documents)
         assert training
         assert evaluation
         for side in (training, evaluation):  # as they are, in their order
             assert side == [d for d in documents if d in side]
+
+
+TOO_LITTLE = "there is too little text to keep a part of it for evaluation: give more, or longer, texts"
+
+
+@settings(deadline=None)
+@given(collections(TINY_TEXTS), SHARES, st.sampled_from(["training", "evaluation"]))
+def test_parts_without_text_are_left_out_and_no_part_at_all_is_said(documents, share, part):
+    """Of tiny texts; the cut moves forwards by half of the evaluation's share at most."""
+    first = {d.name: round(len(d.text) * (1 - share)) for d in documents}
+    later = {d.name: first[d.name] + (len(d.text) - first[d.name]) // 2 + 1 for d in documents}
+    surely = {  # text that this part has wherever the cut is, and text that it may have
+        d.name: (d.text[: first[d.name]] if part == "training" else d.text[later[d.name] :]).strip() for d in documents
+    }
+    perhaps = {
+        d.name: (d.text[: later[d.name]] if part == "training" else d.text[first[d.name] :]).strip() for d in documents
+    }
+    try:
+        side = split_documents(documents, part, share)
+    except TextError as e:
+        assert str(e) == TOO_LITTLE
+        assert one_sided(documents, share)
+        assert not any(surely.values())
+        return
+    assert side
+    if not one_sided(documents, share):
+        assert side == [d for d in documents if d in side]
+        return
+    assert all(d.text.strip() for d in side)
+    wholes = {sha256(d.text): d for d in documents}
+    names = [wholes[d.digest].name for d in side]
+    assert names == [d.name for d in documents if d.name in names], "each once, in their order"
+    assert {name for name, text in surely.items() if text} <= set(names)
+    assert set(names) <= {name for name, text in perhaps.items() if text}
+    for d in side:
+        whole = wholes[d.digest].text
+        assert whole.startswith(d.text) if part == "training" else whole.endswith(d.text)
 
 
 @settings(deadline=None)
@@ -232,12 +294,32 @@ def test_one_text_is_cut_near_its_end_at_a_line_or_sentence():
 
 
 def test_no_documents_no_sides():
-    assert both([], 0.1) == ([], [])
+    for part in ("training", "evaluation"):
+        assert refusal(split_documents, [], part) == TOO_LITTLE
 
 
-def test_a_cut_leaves_text_on_both_sides():
-    training, evaluation = both([Document("tiny", "abc")], 0.1)
-    assert all(d.text for d in training + evaluation)
+def of_side(side, texts):
+    """The first of the texts that belongs to a side."""
+    for i, text in enumerate(texts):
+        if (int(sha256(text), 16) / 2**256 < 0.1) == (side == "evaluation"):
+            return Document(f"{side} {i}", text)
+    raise AssertionError
+
+
+def test_a_cut_leaves_text_on_both_sides_or_is_refused():
+    tiny = of_side("training", [3 * letter for letter in "abcdef"])
+    assert [d.text for d in split_documents([tiny], "training")] == [tiny.text]
+    assert refusal(split_documents, [tiny], "evaluation") == TOO_LITTLE
+    blank_end = of_side("training", [f"{i} words. " + "\n \t" * 20 for i in range(20)])
+    assert refusal(split_documents, [blank_end, tiny], "evaluation") == TOO_LITTLE
+    blank_start = of_side("training", ["\n \t" * 200 + f"{i} words." for i in range(20)])
+    assert refusal(split_documents, [blank_start], "training") == TOO_LITTLE
+    story = of_side("training", [f"A story of {i} words. " * 40 for i in range(20)])
+    documents = [tiny, story, blank_end, blank_start]  # what has no text for a side is left out of it
+    training, evaluation = both(documents, 0.1)
+    assert [d.digest for d in training] == [tiny.digest, story.digest, blank_end.digest]
+    assert [d.digest for d in evaluation] == [story.digest, blank_start.digest]
+    assert all(d.text.strip() for d in training + evaluation)
 
 
 # refusing --------------------------------------------------------------------------------------------------------
@@ -258,24 +340,26 @@ def test_texts_that_were_trained_on_are_refused_by_name():
 def test_the_two_sides_pass_and_one_side_does_not(documents, share):
     training, evaluation = both(documents, share)
     digests = [d.digest for d in training]
-    if not was_cut(documents, training):  # tiny texts' parts may happen to be equal
+    if was_cut(documents, training):  # parts of the very texts that were trained on
+        for document in (*evaluation, *documents):
+            said = refusal(check_disjoint, [document], digests, "it")
+            assert said == f"{document.name} was trained on (it): evaluate on other texts"
+    else:
         check_disjoint(evaluation, digests, "it")
-    if training:
-        assert refusal(check_disjoint, evaluation + training, digests, "it").startswith(
-            tuple(d.name for d in training + evaluation)
-        )
+        said = refusal(check_disjoint, evaluation + training, digests, "it")
+        assert said.startswith(f"{training[0].name} was")
 
 
 def test_a_text_that_was_cut_for_training_is_not_evaluated_whole_later():
-    def belongs(side):
-        for i in range(1000):
-            document = Document(f"{side} {i}", f"A story of {i} words. " * 40)
-            if (int(document.digest[:8], 16) < 0.1 * 2**32) == (side == "evaluation"):
-                return document
-        raise AssertionError
-
-    book, other = belongs("evaluation"), belongs("training")
+    stories = [f"A story of {i} words. " * 40 for i in range(1000)]
+    book, other = of_side("evaluation", stories), of_side("training", stories)
     trained = split_documents([book], "training")  # alone: cut, its first 90 % are trained on
+    assert trained[0].text != book.text
+    assert trained[0].digest == book.digest
     later = split_documents([book, other], "evaluation")
     assert later == [book]
-    refusal(check_disjoint, later, [d.digest for d in trained], "an adapter")
+    said = refusal(check_disjoint, later, [d.digest for d in trained], "an adapter")
+    assert said == f"{book.name} was trained on (an adapter): evaluate on other texts"
+    check_disjoint([other], [d.digest for d in trained], "an adapter")
+    parts = split_documents(trained, "evaluation")  # a part of a part is of the same text
+    assert [d.digest for d in parts] == [book.digest]

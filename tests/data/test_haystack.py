@@ -1,5 +1,6 @@
 """Haystacks and the hiding in them: exact lengths, real sentence boundaries, every token accounted for."""
 
+import re
 from random import Random
 
 import numpy as np
@@ -45,6 +46,17 @@ def books(real_tokenizer):
     names = ("Anna", "Bert", "Carl")
     documents = [Document(name, tell(name, 120 + 60 * i)) for i, name in enumerate(names)]
     return BookHaystack(documents, real_tokenizer)
+
+
+def sentence_ends(text):
+    """Where a sentence ends, by the text alone: before a word or a line break. (Digits are tokens without a space.)"""
+    return {match.end() for match in re.finditer(r"""[.!?]["'”’)\]]*(?= [A-Za-z]|\n)""", text)}
+
+
+def characters_before(cuts, ids, tokenizer):
+    """How many characters of the text lie before each cut; every token here is whole characters."""
+    ends = np.cumsum([0, *(len(tokenizer.decode([i])) for i in ids)])
+    return {int(ends[cut]) for cut in cuts}
 
 
 def total(books):
@@ -167,7 +179,7 @@ def test_one_text_without_sentences_is_enough(real_tokenizer):
     assert stretch.source == "list"
 
 
-def test_cuts_are_between_the_sentences_of_a_paragraph(real_tokenizer):
+def test_cuts_are_where_a_sentence_ends_before_another_or_the_lines_end(real_tokenizer):
     ids = np.array(encode(real_tokenizer, PROSE), dtype=np.int32)
     cuts = BookHaystack([Document("p", PROSE)], real_tokenizer).cuts(ids)
     assert cuts[0] == 0
@@ -179,17 +191,20 @@ def test_cuts_are_between_the_sentences_of_a_paragraph(real_tokenizer):
         around.append((before[-9:], after[:7]))
     for before, after in around:
         assert before.rstrip("\"')”’").endswith((".", "!", "?"))
-        assert after[0] == " "
-        assert after[1].isalnum()
+        assert after[0] == "\n" or (after[0] == " " and after[1].isalnum())
     starts = [after for _, after in around]
     for wanted in (" It is ", " Mr. Be", " He mad", " She pa", " He kne", " Why! 5", " Then s"):
         assert wanted in starts, wanted
-    for unwanted in (" single", " Howeve", " The ne", " - A da", "50 for "):
-        assert unwanted not in starts
+    for wanted in ("\n\nHowev", '\n\n"My d', "\nThe ne", "\n"):  # before the line's break, not behind it
+        assert wanted in starts, wanted
+    for unwanted in (" single", "Howeve", "\nHoweve", '"My dea', "The nex", " - A da", "50 for "):
+        assert not any(start.startswith(unwanted) for start in starts), unwanted
+    assert characters_before(cuts, ids, real_tokenizer) == sentence_ends(PROSE) | {0, len(PROSE)}
 
 
-def test_cuts_in_a_real_text(real_text, real_tokenizer):
-    text = real_text[300_000:400_000].replace("\n", " ")  # as senri.data.bible gives it
+@pytest.mark.parametrize("verse_end", [" ", "\n"])  # the first as senri.data.bible gives it
+def test_cuts_in_a_real_text(real_text, real_tokenizer, verse_end):
+    text = real_text[300_000:400_000].replace("\n", verse_end)
     books = BookHaystack([Document("verses", text)], real_tokenizer)
     ids = books.ids(0)
     cuts = books.cuts(ids)
@@ -197,8 +212,10 @@ def test_cuts_in_a_real_text(real_text, real_tokenizer):
     for cut in cuts[1:-1]:
         before, after = real_tokenizer.decode(ids[max(cut - 3, 0) : cut]), real_tokenizer.decode(ids[cut : cut + 2])
         assert before.rstrip("\"')").endswith((".", "!", "?")), (before, after)
-        assert after[0] == " "
-        assert after[1].isalnum()
+        assert after[0] == "\n" or (after[0] == " " and after[1].isalnum())
+    assert characters_before(cuts, ids, real_tokenizer) == sentence_ends(text) | {0, len(text)}
+    at_lines_end = sum(text[end] == "\n" for end in sentence_ends(text))
+    assert at_lines_end > 300 if verse_end == "\n" else at_lines_end == 0
 
 
 @pytest.mark.parametrize("ids", [[], [5]])
@@ -276,7 +293,7 @@ def test_planting(planting):
     rest = [t for t in ids if t < 500]
     assert rest == list(range(room)), "the haystack in order and complete"
     # where they stand: `hay` tokens of the haystack lie before each
-    boundaries = sorted({c for c in stretch.cuts if c < room} | {room})
+    boundaries = [c for c in stretch.cuts if c < room] or [room]  # the end itself may cut a sentence
     order = sorted(range(len(plants)), key=lambda i: plants[i].position)  # stable: equal ones in the order given
     starts = [spans[i][0] for i in order]
     assert starts == sorted(starts)
@@ -302,11 +319,17 @@ def test_what_comes_later_moves_nothing(planting, extra, size):
     longer = longer._replace(cuts=np.unique(longer.cuts[longer.cuts <= room + extra + 5]))
     more = [*plants, Plant(last + 3, tuple(range(2000, 2000 + size)))]
     ids_2, spans_2 = plant(longer, more, length + extra + size, head)
-    # Only plants at the very end of the first context, where there may be no boundary, may stand elsewhere.
-    at_end = [i for i, (start, _) in enumerate(spans) if sum(t < 500 for t in ids[:start]) == room]
-    same = min([length, spans_2[-1][0], *(min(spans[i][0], spans_2[i][0]) for i in at_end)])
+    # Only plants that go behind the first context's text, for which it had no place, may stand elsewhere.
+    order = sorted(range(len(plants)), key=lambda i: plants[i].position)
+    behind = [i for i in order if sum(t < 500 for t in ids_2[: spans_2[i][0]]) >= room]
+    same = min([length, spans_2[-1][0], *(min(spans[i][0], spans_2[i][0]) for i in behind)])
     assert np.array_equal(ids[:same], ids_2[:same])
-    assert all(spans[i] == spans_2[i] for i in range(len(plants)) if i not in at_end)
+    assert all(spans[i] == spans_2[i] for i in range(len(plants)) if i not in behind)
+    assert behind == order[len(order) - len(behind) :]
+    if behind:
+        start, _ = spans[behind[0]]
+        rest = room - sum(t < 500 for t in ids[:start])  # tokens of the text from it to the end
+        assert room == 0 or plants[behind[0]].position >= start + rest, "it was to stand there"
 
 
 @settings(deadline=None)
@@ -329,6 +352,34 @@ def test_an_example_by_hand():
     ids, spans = plant(stretch, [Plant(8.0, (91, 92)), Plant(4.0, (81,))], 12, (70,))
     assert list(ids) == [70, 0, 1, 2, 81, 3, 4, 5, 91, 92, 6, 7]
     assert spans == [(8, 10), (4, 5)]
+
+
+def test_a_plant_at_the_end_stands_at_the_last_sentences_end():
+    """The context's end may cut a sentence, so it is no place for another one."""
+    stretch = Stretch(np.arange(10, dtype=np.int32), np.array([0, 3, 6, 10]), "numbers")
+    for room, end in ((10, 6), (8, 6), (7, 6), (6, 3), (4, 3), (3, 0), (1, 0), (0, 0)):
+        for position in (float(room), room + 2.0, 99.0):
+            ids, spans = plant(stretch, [Plant(position, (91, 92)), Plant(position + 1, (81,))], room + 4, (70,))
+            assert list(ids) == [70, *range(end), 91, 92, 81, *range(end, room)]
+            assert spans == [(end + 1, end + 3), (end + 3, end + 4)]
+    nothing = Stretch(np.arange(0, dtype=np.int32), np.array([0]), "numbers")
+    assert list(plant(nothing, [Plant(5.0, (91,))], 2, (70,))[0]) == [70, 91]
+    whole = Stretch(np.arange(10, dtype=np.int32), np.array([0, 10]), "numbers")
+    assert list(plant(whole, [Plant(99.0, (91,))], 11)[0]) == [91, *range(10)]
+
+
+def test_a_plant_at_a_lines_end_stands_before_the_break(real_tokenizer):
+    text = "".join(f"Anna saw ship {i} today.\n" for i in range(200))
+    books = BookHaystack([Document("lines", text)], real_tokenizer)
+    fact = tuple(encode(real_tokenizer, " The secret is told."))
+    for seed in range(10):
+        stretch = books.stretch(300, Random(seed))
+        for position in range(20, 310, 29):
+            ids, ((start, stop),) = plant(stretch, [Plant(float(position), fact)], 300 + len(fact))
+            assert 0 <= position - start <= 12 or position > 300 - 12, "a line is 9 to 11 tokens long"
+            before, after = real_tokenizer.decode(ids[:start]), real_tokenizer.decode(ids[stop:])
+            assert before.endswith(" today.")
+            assert after.startswith("\nAnna saw ship")
 
 
 def test_what_does_not_fit_is_said_in_one_line():

@@ -237,7 +237,7 @@ def test_tasks_of_one_seed_have_their_own_facts(make):
         ("person", r"[A-Z][a-z]+ [A-Z][a-z]+", 250),
         ("city", r"[A-Z][a-z]+", 45),
         ("food", r"[a-z]+ [a-z]+", 45),
-        ("job", r"[a-z]+", 45),
+        ("job", r"(a [^\Waeiou]|an [aeiou])[a-z]+", 45),
     ],
 )
 def test_kinds_of_keys_and_values(kind, pattern, different):
@@ -245,6 +245,21 @@ def test_kinds_of_keys_and_values(kind, pattern, different):
     assert all(re.fullmatch(pattern, value) for value in made)
     assert len(set(made)) >= different
     assert made == [KINDS[kind](Random(i)) for i in range(300)]
+
+
+def test_a_job_is_told_with_its_article(make, real_tokenizer):
+    articles = Counter()
+    for sample in range(120):
+        (context,) = make("wording_job", sample, lengths=(700,), depths=(0.5,))
+        (question,) = context.questions
+        ((start, stop),) = question.evidence
+        told = r" (\w+ \w+) earned a living for many years as ((an?) \w+)\."
+        key, value, article = re.fullmatch(told, real_tokenizer.decode(context.ids[start:stop])).groups()
+        assert question.answers == (value,)
+        prompt = real_tokenizer.decode(question.prompt)
+        assert prompt == f"\nQuestion: As what did {key} earn a living?\nAnswer: {key} earned a living as"
+        articles[article] += 1
+    assert set(articles) == {"a", "an"}
 
 
 def test_there_are_not_more_different_values_than_there_are(books, real_tokenizer):
@@ -508,10 +523,52 @@ def test_no_fact_is_told_after_its_question(books, real_tokenizer, grid):
         check_shared(shared_context(books, real_tokenizer, **grid, seed=3, sample=sample), real_tokenizer, **grid)
 
 
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_facts_in_each_others_way_are_moved_by_15_percent_at_most(books, real_tokenizer, depth):
+    grid = {"lengths": (2048,), "depths": (depth,)}
+    for per_cell in range(1, 40):
+        try:
+            context = shared_context(books, real_tokenizer, **grid, per_cell=per_cell, seed=1, sample=0)
+        except SampleError:
+            break
+        check_shared(context, real_tokenizer, **grid, per_cell=per_cell)
+        told = sum(stop - start for q in context.questions for start, stop in q.evidence)
+        for question in context.questions:
+            ((start, stop),) = question.evidence
+            moved = abs(start - depth * question.at)
+            assert moved < 0.15 * question.at + stop - start + 25, "25: a sentence may begin before it"
+    with pytest.raises(SampleError) as caught:
+        shared_context(books, real_tokenizer, **grid, per_cell=per_cell, seed=1, sample=0)
+    assert re.match(rf"{per_cell} facts are too many for lengths from [12],\d\d\d tokens on: ask", one_line(caught))
+    assert told + 2 * told / per_cell > 0.15 * question.at, "and not refused before"
+    for more in (per_cell + 1, 2 * per_cell):
+        with pytest.raises(SampleError, match="facts are too many"):
+            shared_context(books, real_tokenizer, **grid, per_cell=more, seed=1, sample=0)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"lengths": (256, 4096), "depths": tuple(i / 10 for i in range(11)), "per_cell": 1},
+        {"lengths": (512, 1024, 4096), "depths": (0.0, 0.25, 0.5, 0.75, 1.0), "per_cell": 3},
+    ],
+    ids=["one short length", "many a cell"],
+)
+@pytest.mark.xfail(strict=True, reason="facts moved before the start come back and push others behind their questions")
+def test_a_crowded_start_is_refused_or_in_time(books, real_tokenizer, grid):
+    for sample in range(5):
+        try:
+            context = shared_context(books, real_tokenizer, **grid, seed=0, sample=sample)
+        except SampleError as e:
+            assert "facts are too many" in str(e)  # noqa: PT017
+        else:
+            check_shared(context, real_tokenizer, **grid)
+
+
 def test_a_shared_context_that_is_too_short_is_said(books, real_tokenizer):
     with pytest.raises(SampleError) as caught:
         shared_context(books, real_tokenizer, lengths=(256,), depths=DEPTHS, per_cell=9, seed=0, sample=0)
-    one_line(caught)
+    assert re.match(r"54 facts are too many for lengths from 2\d\d tokens on: ask for fewer", one_line(caught))
     with pytest.raises(SampleError) as caught:
         shared_context(books, real_tokenizer, lengths=(10**6,), depths=DEPTHS, per_cell=1, seed=0, sample=0)
     assert "give it more text" in one_line(caught)

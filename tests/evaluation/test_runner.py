@@ -130,7 +130,17 @@ def test_an_amnesiac_scores_its_window_over_the_length(run, real_tokenizer, sing
     reader = Planted(real_tokenizer, copies=False)
     for length in (512, 1024, 2048):
         records = run(reader, partial(single, length=length), samples=2, file=f"{length}.jsonl")
-        assert share(records, MEMORY) == pytest.approx(WINDOW / length, abs=0.07)
+        contexts = [context for sample in range(2) for context in single(sample, length)]
+        seen = []
+        for record, context in zip(records, contexts, strict=True):
+            (question,) = context.questions
+            ((start, stop),) = question.evidence
+            begins = question.at + len(question.prompt) - WINDOW  # of the visible part: the question takes room too
+            assert not start < begins < stop, "no fact is half visible, so what follows is exact"
+            seen.append(float(start >= begins))
+            assert record["arms"][MEMORY]["score"] == seen[-1]
+        assert share(records, MEMORY) == pytest.approx(sum(seen) / len(seen), abs=1e-12)
+        assert share(records, MEMORY) == pytest.approx(WINDOW / length, abs=0.12)
         cell = group(records, "length")[length,]
         assert cell.verdict == "nothing shown"
 
@@ -213,6 +223,32 @@ def test_shared_contexts_and_distances_are_recalled_by_the_copier(run, books, re
     found = {row[0]: row[table.columns.index(MEMORY)] for row in table.rows}
     assert found["100"].startswith("100%")
     assert found["400"].startswith("0%")
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"lengths": [2048], "depths": [0.95, 1.0], "per_cell": 4},
+        {"lengths": [2048, 4096], "depths": [0.49, 1.0], "per_cell": 1},
+    ],
+    ids=["close depths", "close lengths"],
+)
+def test_facts_of_a_crowded_shared_context_are_told_in_time(run, books, real_tokenizer, grid):
+    samples = 5
+    contexts = [shared_context(books, real_tokenizer, **grid, seed=0, sample=i) for i in range(samples + 1)]
+    for context in contexts:
+        end = 0
+        for (start, stop), question in sorted((q.evidence[0], q) for q in context.questions):
+            assert end <= start < stop <= question.at, "one after the other, each before its question"
+            end = stop
+            # earlier by 15 % and a verse at most, never later
+            aim = question.cell["depth"] * question.at
+            assert aim - 0.15 * question.at - (stop - start) - 120 < start <= aim
+            told = real_tokenizer.decode(context.ids[start:stop])
+            assert re.fullmatch(rf" The secret key of \w+ \w+ is: {question.answers[0]}\.", told)
+    records = run(Planted(real_tokenizer, copies=True), lambda i: [contexts[i]], samples=samples)
+    assert len(records) == samples * len(contexts[0].questions)
+    assert share(records, MEMORY) == 1.0
 
 
 def test_an_interrupted_run_goes_on_and_answers_nothing_twice(run, real_tokenizer, single, tmp_path):
