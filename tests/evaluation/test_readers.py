@@ -143,9 +143,7 @@ def test_a_state_that_its_owner_goes_on_with_does_not_spoil_the_next_reading(mak
             state = reader.read(ids, at, memory=memory)
             with torch.no_grad():
                 reader.model.model(torch.tensor([[5, 6, 7]]), past_key_values=state)
-        torch.testing.assert_close(
-            after(reader.model, reader.read(ids, 30, memory=memory), probe), expected, **EXACT
-        )
+        torch.testing.assert_close(after(reader.model, reader.read(ids, 30, memory=memory), probe), expected, **EXACT)
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -394,9 +392,10 @@ def test_a_failed_answer_leaves_the_full_cache_as_it_was(full, monkeypatch):
     def fail(self, *args, **kwargs):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(_Decided, "__call__", fail)
-        full.answer([state], question(n=5))
+        with pytest.raises(KeyboardInterrupt):
+            full.answer([state], question(n=5))
     assert full._cache.get_seq_length() == 20
     assert full.answer([state], question(n=5)) == [written_out(full.model, text(20), (11, 12, 13), 5)]
 
@@ -419,9 +418,10 @@ def test_an_interrupted_reading_of_full_attention_is_not_taken_for_a_whole_one(f
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(full.model.model, "forward", interrupted)
-        full.read(b, 60)
+        with pytest.raises(KeyboardInterrupt):
+            full.read(b, 60)
     assert full.answer([full.read(a, 60)], question(n=5)) == [written_out(full.model, a, (11, 12, 13), 5)]
 
 

@@ -182,5 +182,5 @@ def _sentence_tables(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     words = tokenizer.batch_decode([[i] for i in range(size)])
     closing = "\"'”’)] "
     ends = np.array([w.rstrip(closing).endswith((".", "!", "?")) for w in words])
-    starts = np.array([w[:1] == "\n" or (w[:1] == " " and w[1:2].isalnum()) for w in words])
+    starts = np.array([w[:1] in ("\n", "\r") or (w[:1] == " " and w[1:2].isalnum()) for w in words])
     return ends, starts

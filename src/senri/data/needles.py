@@ -187,16 +187,25 @@ def shared_context(
 def _in_time(wanted: Sequence[float], sizes: Sequence[int], facts: Sequence[Sequence[int]]) -> list[float]:
     """Where facts must stand so that none ends behind its question or pushes another there: each at ``wanted`` or
     earlier.
+
+    Raises:
+        SampleError: there is no room for that, or some would stand far from where they should.
     """
     positions = list(wanted)
     limit = float(max(sizes))
+    crowded = False
     for i in sorted(range(len(facts)), key=lambda i: wanted[i], reverse=True):
         positions[i] = limit = min(positions[i], min(limit, sizes[i]) - len(facts[i]))
-        if wanted[i] - len(facts[i]) - limit > CROWDED * sizes[i]:
-            raise SampleError(
-                f"{len(facts):,} facts are too many for lengths from {min(sizes):,} tokens on: ask for fewer a cell, "
-                "or leave the shortest length out"
-            )
+        crowded |= wanted[i] - len(facts[i]) - limit > CROWDED * sizes[i]
+    end = 0.0
+    for i in sorted(range(len(facts)), key=lambda i: positions[i]):  # those before the start come back to it
+        end = max(end, positions[i]) + len(facts[i])
+        crowded |= end > sizes[i]
+    if crowded:
+        raise SampleError(
+            f"{len(facts):,} facts in one text leave no room at the shortest length: ask for fewer a cell "
+            "(shared_questions), or leave that length out"
+        )
     return positions
 
 
