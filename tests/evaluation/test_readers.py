@@ -400,13 +400,11 @@ def test_a_failed_answer_leaves_the_full_cache_as_it_was(full, monkeypatch):
     assert full.answer([state], question(n=5)) == [written_out(full.model, text(20), (11, 12, 13), 5)]
 
 
-@pytest.mark.xfail(strict=True, reason="the cache of the last reading is taken for the blank state's")
 def test_full_attention_knows_the_blank_state_after_a_reading(full):
     full.read(text(20), 20)
     assert full.answer([full.blank()], question(n=5)) == [written_out(full.model, text(0), (11, 12, 13), 5)]
 
 
-@pytest.mark.xfail(strict=True, reason="the cache and the ids it stands for part when a reading is interrupted")
 def test_an_interrupted_reading_of_full_attention_is_not_taken_for_a_whole_one(full, monkeypatch):
     a, b = text(60), np.concatenate([text(30), text(30, 1)])
     full.read(a, 60)

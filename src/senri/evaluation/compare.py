@@ -29,7 +29,7 @@ def compare(a: Path, b: Path) -> Report:
     common = records[0].keys() & records[1].keys()
     sections = [*_recall_sections(*records), *_perplexity_sections(*records)]
     if not sections:
-        raise ValueError(f"{a} and {b} have no suite in common: nothing can be compared")
+        raise ValueError(f"{a} and {b} have no cell of a suite in common: nothing can be compared")
     facts: dict[str, Value] = {f"run {name}": str(folder) for name, folder in zip(NAMES, (a, b), strict=True)}
     for name, identity in zip(NAMES, identities, strict=True):
         facts |= {f"{name}: {key}": identity.get(key) for key in ("model", "adapter", "base_fingerprint")}
@@ -57,8 +57,9 @@ def _recall_sections(a: Mapping[str, Record], b: Mapping[str, Record]) -> list[S
     sections = []
     for suite in suites:
         mine = [[r for r in run if r["key"].split("/")[0] == suite] for run in recall]
-        if mine[1]:
-            sections.append(_recall_section(suite, *mine))
+        section = _recall_section(suite, *mine)
+        if section.tables[0].rows:
+            sections.append(section)
     return sections
 
 
@@ -101,7 +102,7 @@ def _curves(suite: str, task: str, cells: Sequence[Mapping[tuple[Any, ...], Cell
 
 def _perplexity_sections(a: Mapping[str, Record], b: Mapping[str, Record]) -> list[Section]:
     keys = [k for k in a if k.startswith("perplexity/") and k in b and a[k]["edges"] == b[k]["edges"]]
-    keys = [k for k in keys if a[k]["source"] == b[k]["source"]]
+    keys = [k for k in keys if a[k]["text_sha256"] == b[k]["text_sha256"]]
     if not keys:
         return []
     edges = a[keys[0]]["edges"]

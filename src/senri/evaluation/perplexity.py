@@ -6,6 +6,7 @@ does, hides the context from its first tokens; it is here as the contrast that s
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ class PerplexitySuite:
             if key in bench.log.records:
                 continue
             stretch = self.sources.books.stretch(self.length, Random(f"{self.sources.seed}/perplexity/{sample}"))
-            bench.log.add({"key": key, "source": stretch.source, **self._measure(bench, stretch.ids)})
+            text = {"source": stretch.source, "text_sha256": hashlib.sha256(stretch.ids.tobytes()).hexdigest()}
+            bench.log.add({"key": key, **text, **self._measure(bench, stretch.ids)})
             bench.progress(f"{self.name}: text {sample + 1} of {self.samples}, {stretch.source}")
 
     def _measure(self, bench: Bench, ids: np.ndarray) -> dict[str, Any]:

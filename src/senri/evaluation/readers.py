@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from senri.data.samples import Question
 from senri.evaluation.scoring import cut, decided
@@ -142,22 +142,22 @@ class FullAttentionReader:
         self.model, self.tokenizer, self.piece_size = model, tokenizer, piece_size
         self.longest: int | None = model.config.max_position_embeddings
         self._ids = np.empty(0, dtype=np.int32)
-        self._cache: Any = None
+        self._cache = DynamicCache(config=model.config)
         self.tokens_read = 0
 
     def read(self, ids: np.ndarray, at: int, *, memory: bool = True) -> int:
         """See :class:`Reader`. There is one cache, so only the last state read is good: it is named by its length."""
-        from transformers import DynamicCache
-
         shared = common_prefix(self._ids, ids[:at])
-        if self._cache is None:
-            self._cache = DynamicCache(config=self.model.config)
         self._crop(shared)
-        with torch.no_grad():
-            for start in range(shared, at, self.piece_size):
-                piece = torch.from_numpy(ids[start : min(start + self.piece_size, at)].astype(np.int64))
-                self.model.model(piece[None].to(self.model.device), past_key_values=self._cache, use_cache=True)
-                self.tokens_read += len(piece)
+        try:
+            with torch.no_grad():
+                for start in range(shared, at, self.piece_size):
+                    piece = torch.from_numpy(ids[start : min(start + self.piece_size, at)].astype(np.int64))
+                    self.model.model(piece[None].to(self.model.device), past_key_values=self._cache, use_cache=True)
+                    self.tokens_read += len(piece)
+        except BaseException:
+            self._crop(shared)
+            raise
         self._ids = ids[:at]
         return at
 
@@ -176,15 +176,18 @@ class FullAttentionReader:
         """See :class:`Reader`; one state."""
         (at,) = states
         ids = torch.tensor([[*self._ids[:at].tolist(), *question.prompt]], device=self.model.device)
+        self._crop(at)
         try:
             return generate(self.model, self.tokenizer, ids, self._cache, question)
         finally:
             self._crop(at)
 
     def _crop(self, length: int) -> None:
-        surplus = self._cache.get_seq_length() - length if self._cache is not None else 0
-        if surplus > 0:
-            self._cache.crop(-surplus)
+        """Forget all behind ``length`` tokens, layer by layer: an interrupted pass leaves some longer than others."""
+        self._ids = self._ids[:length]
+        for layer in self._cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
 
 def without_memory(state: SenriCache) -> SenriCache:
