@@ -43,7 +43,10 @@ def open_run(folder: Path, identity: Identity) -> Log:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is no evaluation: name another folder with -o")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}): name another folder with -o") from None
     write_atomically(known, json.dumps(identity, indent=1).encode())
     return Log(folder / RECORDS)
 
@@ -55,11 +58,14 @@ def load_identity(folder: Path) -> Identity:
         ValueError: no evaluation's folder, or a damaged one.
     """
     try:
-        return json.loads((folder / IDENTITY).read_text())
+        identity = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no folder of an evaluation: it has no {IDENTITY}") from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder / IDENTITY} cannot be read ({error}): remove the folder") from None
+    if not isinstance(identity, dict):
+        raise ValueError(f"{folder / IDENTITY} is not what an evaluation writes: remove the folder")
+    return identity
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
