@@ -143,7 +143,7 @@ def test_bad_values_are_named_with_what_is_allowed(folder: Path, key: str, value
 def test_senri_must_be_a_mapping(folder: Path, value: object) -> None:
     change(folder, "model.yaml", "senri", value)
     (line,) = errors_of(folder)
-    assert "is not a mapping with the keys sliding_window_size, chunk_size, " in line
+    assert "is not a mapping with the keys sliding_window_size, num_sink_tokens, chunk_size, " in line
 
 
 @pytest.mark.parametrize(

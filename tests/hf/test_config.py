@@ -13,7 +13,7 @@ def test_the_defaults():
     config = SenriConfig()
     assert config.model_type == "senri"
     assert isinstance(config, LlamaConfig)
-    assert (config.sliding_window_size, config.chunk_size) == (1024, 64)
+    assert (config.sliding_window_size, config.num_sink_tokens, config.chunk_size) == (1024, 1, 64)
     assert (config.num_memory_layers, config.first_memory_layer, config.memory_layer_interval) == (2, 10, 10)
     assert config.memory_layers == [10, 20]
     assert (config.update_rule, config.store) == ("linear", "single")
@@ -48,6 +48,8 @@ def test_a_base_without_a_preset_gets_memories_that_fit(layers):
     ("options", "message"),
     [
         ({"sliding_window_size": 0}, "sliding_window_size must be at least 1, not 0"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens must be at least 0, not -1"),
+        ({"num_sink_tokens": True}, "num_sink_tokens must be a whole number, not True"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"segment_size": 0}, "segment_size must be at least 1"),
         ({"num_memory_layers": -1}, "num_memory_layers must be at least 0"),
@@ -96,6 +98,8 @@ def test_what_may_be_is_taken():
         {"memory_num_key_value_heads": 3},
         {"memory_gate": "infini", "memory_num_heads": 4, "memory_head_dim": 8},
         {"sliding_window_size": 3, "memory_conv_size": 3},
+        {"num_sink_tokens": 0},
+        {"num_sink_tokens": 4, "sliding_window_size": 2},
     ):
         config = SenriConfig(**{"num_hidden_layers": 30, **SMALL, **options})
         assert {name: getattr(config, name) for name in options} == options

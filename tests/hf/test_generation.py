@@ -66,9 +66,11 @@ def test_a_left_padded_batch_as_its_rows_alone(make_senri, tokens, options, mode
 @pytest.mark.parametrize("options", CASES, ids=["layer", "head"])
 @torch.no_grad()
 def test_the_first_token_reaches_far_beyond_the_window_through_the_memory_only(make_senri, tokens, options):
+    # the first token behind the sink, which every query sees
     ids = tokens(1, 60)
-    changed = ids.clone()
-    changed[0, 0] = (ids[0, 0] + 1) % 97
+    changed, other_sink = ids.clone(), ids.clone()
+    changed[0, 1] = (ids[0, 1] + 1) % 97
+    other_sink[0, 0] = (ids[0, 0] + 1) % 97
 
     def first_scores(model, prompt):
         return generate(model, prompt, output_scores=True, return_dict_in_generate=True, do_sample=False).scores[0]
@@ -77,6 +79,7 @@ def test_the_first_token_reaches_far_beyond_the_window_through_the_memory_only(m
     # three layers with a window of 7 see 19 tokens back, no more
     assert (first_scores(silent, ids) - first_scores(silent, changed)).abs().nan_to_num(0).max() == 0
     assert (first_scores(loud, ids) - first_scores(loud, changed)).abs().nan_to_num(0).max() > 1e-6
+    assert (first_scores(silent, ids) - first_scores(silent, other_sink)).abs().nan_to_num(0).max() > 1e-3
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ CASES = [
     {"update_rule": "delta", "write_gate": "hidden", "memory_conv_size": 3},
     {"update_rule": "delta_token", "memory_readout": "head", "write_gate": "surprise", "memory_conv_size": 3},
     {"memory_gate": "infini", "memory_head_dim": 8},
+    {"num_sink_tokens": 4},
 ]
 
 
@@ -29,7 +30,7 @@ def saved(make_senri, tokens, tmp_path):
 
 @pytest.mark.parametrize("steps", [3, 30], ids=["short", "long"])
 @pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini"])
+@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini", "sinks"])
 @torch.no_grad()
 def test_going_on_from_a_file_is_as_if_never_saved(make_senri, tokens, tmp_path, options, flush, steps):
     model, path = make_senri(**options), tmp_path / "a.senri"
@@ -106,6 +107,7 @@ def test_the_file_holds_the_state_and_little_else(make_senri, tokens, tmp_path):
     [
         ("update_rule", {"update_rule": "gated_delta"}),
         ("sliding_window_size", {"sliding_window_size": 8}),
+        ("num_sink_tokens", {"num_sink_tokens": 0}),
         ("memory_layers", {"first_memory_layer": 0}),
         ("memory_heads", {"memory_num_key_value_heads": 4}),
         ("memory_readout", {"memory_readout": "head"}),
@@ -152,8 +154,8 @@ def test_another_tokenizer_is_refused(make_senri, tokens, tmp_path, real_tokeniz
 
 
 def test_another_format_version_is_refused_by_name(saved, make_senri, monkeypatch):
-    monkeypatch.setattr(memory_file, "FORMAT_VERSION", 2)
-    with pytest.raises(MemoryFileError, match="format_version is 1 in the file, 2 here"):
+    monkeypatch.setattr(memory_file, "FORMAT_VERSION", 3)
+    with pytest.raises(MemoryFileError, match="format_version is 2 in the file, 3 here"):
         make_senri().load_memory(saved[1])
 
 

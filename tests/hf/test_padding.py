@@ -13,6 +13,7 @@ CASES = [
     for readout, gate, conv in [("layer", "hidden", 3), ("head", "surprise", 3), ("layer", "surprise", 0)]
 ]
 CASES.append({"memory_gate": "infini", "memory_head_dim": 8, "memory_conv_size": 3})
+CASES += [{"num_sink_tokens": n, "memory_conv_size": 3} for n in (0, 6)]
 
 
 def left_padded(rows, pad=55):
@@ -34,6 +35,8 @@ def assert_row_states_equal(cache, row, alone):
     for mine, its in zip(cache.state.layers, alone.state.layers, strict=True):
         length = min(its.keys.shape[2], mine.keys.shape[2])
         torch.testing.assert_close(mine.keys[row, :, -length:], its.keys[0, :, -length:], **EXACT)
+        torch.testing.assert_close(mine.sink_keys[row], its.sink_keys[0], **EXACT)
+        torch.testing.assert_close(mine.sink_values[row], its.sink_values[0], **EXACT)
         if mine.memory is None:
             continue
         for field, tensor in mine.memory.memory._asdict().items():

@@ -78,6 +78,21 @@ def test_attention_after_ten_million_tokens_is_attention_at_the_start(make_senri
 
 
 @torch.no_grad()
+def test_a_sink_read_long_ago_is_as_near_as_ever(make_senri, tokens):
+    # with a window of the query alone only the sinks' distance could tell where it stands
+    model, ids = make_senri(sliding_window_size=1, num_sink_tokens=2), tokens(1, 40)
+    expected = model(ids).logits
+    cache = model.model(ids[:, :3]).past_key_values
+    cache.state = cache.state._replace(position=cache.state.position + 200_000)
+    far = torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3, 10)], 1)
+    assert (far - expected[:, 3:10]).abs().max() < 1e-5
+    assert (model(ids[:, 10:], past_key_values=cache).logits - expected[:, 10:]).abs().max() < 1e-5
+    other = tokens(1, 40, seed=4)
+    other[:, 2:] = ids[:, 2:]
+    assert (model(other).logits - expected).abs().amax((0, 2))[2:].min() > 1e-3, "the sinks are not seen"
+
+
+@torch.no_grad()
 def test_the_border_of_the_training_length_is_no_border(make_senri, tokens):
     model, ids = make_senri(), tokens(1, 40)  # max_position_embeddings is 256
     cache = model.model.new_cache()

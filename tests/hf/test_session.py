@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from senri.hf.cache import SenriCache
 from senri.memory import RULES
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -118,6 +119,8 @@ def test_wrong_use_is_refused(make_senri, tokens):
         model(tokens(1, 5))
     with pytest.raises(ValueError, match="other shapes than the model"):
         model.set_memory_state(make_senri(memory_head_dim=4)(tokens(1, 5)).past_key_values)
+    with pytest.raises(ValueError, match="other shapes than the model"):
+        model.set_memory_state(make_senri(num_sink_tokens=2)(tokens(1, 5)).past_key_values)
     model.train()
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         model.read(tokens(1, 5))
@@ -181,6 +184,40 @@ def test_a_short_text_is_whole_in_the_memory_after_flush(make_senri, tokens):
     model.flush()
     torch.testing.assert_close(memories(model)[0].M[0], alone.state.layers[1].memory.memory.M[1], **EXACT)
     assert not model.session.has_padding
+
+
+@torch.no_grad()
+def test_flush_ends_the_sinks_too(make_senri, tokens):
+    """Without a memory, what follows is a text of its own, row by row."""
+    model, ids, more = make_senri(num_memory_layers=0, num_sink_tokens=2), tokens(2, 20), tokens(2, 25, seed=2)
+    model.reset_memory(2)
+    model(ids)
+    model.flush()
+    flushed = model.get_memory_state()
+    assert flushed.state.since_flush.tolist() == [0, 0]
+    assert not any(layer.sink_keys.any() or layer.sink_values.any() for layer in flushed.state.layers)
+    assert (model(more).logits - model(more, past_key_values=model.model.new_cache()).logits).abs().max() < 1e-4
+    mask = torch.ones(2, 25)
+    mask[0, :6] = 0
+    padded = model(more, attention_mask=mask, past_key_values=flushed).logits
+    assert (padded[0, 6:] - model(more[:1, 6:], past_key_values=model.model.new_cache()).logits[0]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_rows_flushed_at_different_times_in_one_cache(make_senri, tokens):
+    model, ids, more = make_senri(num_sink_tokens=2), tokens(2, 30), tokens(2, 9, seed=2)
+    caches = []
+    for row, flush_at in enumerate((12, 18)):
+        model.reset_memory()
+        model(ids[row : row + 1, :flush_at])
+        model.flush()
+        model(ids[row : row + 1, flush_at:])
+        caches.append(model.session)
+    model.end_session()
+    both = SenriCache.concat(caches)
+    logits = torch.cat([model(part, past_key_values=both).logits for part in more.split([1, 8], 1)], 1)
+    for row, cache in enumerate(caches):
+        torch.testing.assert_close(logits[row], model(more[row : row + 1], past_key_values=cache).logits[0], **EXACT)
 
 
 @torch.no_grad()

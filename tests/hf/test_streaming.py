@@ -91,16 +91,32 @@ def test_inner_pieces_change_nothing(make_senri, tokens, monkeypatch, piece):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
+@pytest.mark.parametrize("num_sinks", [0, 1, 3])
 @pytest.mark.parametrize("window", [1, 2, 29, 30, 64])
 @torch.no_grad()
-def test_any_window_streams(make_senri, tokens, window):
-    model, ids = make_senri(sliding_window_size=window, update_rule="delta_token"), tokens(2, STEPS)
+def test_any_window_streams(make_senri, tokens, window, num_sinks):
+    options = {"sliding_window_size": window, "num_sink_tokens": num_sinks, "update_rule": "delta_token"}
+    model, ids = make_senri(**options), tokens(2, STEPS)
     whole, cache = in_pieces(model, ids, [])
     logits, other = in_pieces(model, ids, [1, 2, 3, 17])
     torch.testing.assert_close(logits, whole, **EXACT)
     assert_caches_equal(other, cache, **EXACT)
     assert cache.state.layers[1].memory.memory.written.tolist() == [max(STEPS - window, 0)] * 2
     assert cache.state.layers[0].keys.shape[2] == min(window - 1, STEPS)
+
+
+@torch.no_grad()
+def test_the_sinks_of_a_state_are_the_first_tokens(make_senri, tokens):
+    model, ids = make_senri(num_sink_tokens=2), tokens(2, STEPS)
+    start, early, late = (in_pieces(model, ids[:, :n], [])[1] for n in (1, 2, STEPS))
+    for first, second, last in zip(start.state.layers, early.state.layers, late.state.layers, strict=True):
+        assert first.sink_keys.shape == last.sink_keys.shape == (2, 2, 2, 8)
+        assert not first.sink_values[:, :, 1].any(), "the second is not there yet"
+        for name in ("sink_keys", "sink_values"):
+            torch.testing.assert_close(getattr(last, name), getattr(second, name), **EXACT)
+            torch.testing.assert_close(getattr(last, name)[:, :, 0], getattr(first, name)[:, :, 0], **EXACT)
+        torch.testing.assert_close(second.sink_values, second.values, **EXACT)
+    assert late.state.since_flush.tolist() == [STEPS] * 2
 
 
 @torch.no_grad()

@@ -127,6 +127,7 @@ def prepare(config: ConfigManager, session: Session, documents: list[Document]) 
         "dtype": str(model.dtype).removeprefix("torch."),
         "senri": config.senri_overrides(),
         "sliding_window_size": model.config.sliding_window_size,
+        "num_sink_tokens": model.config.num_sink_tokens,
         "seed": config.experiment.seed,
         "texts": ", ".join(d.name for d in documents),
         "text_digests": [d.digest for d in documents],

@@ -14,6 +14,7 @@ _SHOWN = (
     "base",
     "dtype",
     "sliding_window_size",
+    "num_sink_tokens",
     "memory_layers",
     "memory_heads",
     "memory_readout",

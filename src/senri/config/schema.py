@@ -63,6 +63,7 @@ class SenriOverrides(TypedDict, total=False):
     """What model.yaml sets of SenriConfig."""
 
     sliding_window_size: Positive
+    num_sink_tokens: Count
     chunk_size: Positive
     segment_size: Positive
     num_memory_layers: Count

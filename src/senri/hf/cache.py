@@ -13,10 +13,12 @@ from senri.memory.state import map_tensors, named_tensors, nbytes, stack_rows
 
 
 class LayerState(NamedTuple):
-    """One decoder layer: the window's keys and values (rotated), and its memory if it has one."""
+    """One decoder layer: the window's keys and values (rotated), the sinks', and its memory if it has one."""
 
     keys: Tensor  # [B, Hkv, P, D], P <= W - 1
     values: Tensor  # [B, Hkv, P, D]
+    sink_keys: Tensor  # [B, Hkv, S, D], rotated to their constant distance; zeros: not there yet
+    sink_values: Tensor  # [B, Hkv, S, D]
     memory: MemoryLayerState | None
 
 
@@ -24,11 +26,12 @@ class ModelState(NamedTuple):
     """Everything between two calls. Tensors are replaced, never written in place: copying the tuple is a fork."""
 
     layers: tuple[LayerState, ...]
-    ids: Tensor  # [B, S] int64, the last S = W + K - 1 tokens
-    valid: Tensor  # [B, S] bool; False: before the text, or padding
-    surprise: Tensor | None  # [B, S] nats
+    ids: Tensor  # [B, N] int64, the last N = W + K - 1 tokens
+    valid: Tensor  # [B, N] bool; False: before the text, or padding
+    surprise: Tensor | None  # [B, N] nats
     last_hidden: Tensor | None  # [B, hidden]: predicts the next token, whose surprise it gives
     position: Tensor  # [B] int64: tokens read in each row, padding not counted
+    since_flush: Tensor  # [B] int64: those of them since the last flush(); the first ones are the sinks
 
 
 class SenriCache(Cache):

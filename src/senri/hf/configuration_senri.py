@@ -45,6 +45,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _AT_LEAST = {
     "sliding_window_size": 1,
+    "num_sink_tokens": 0,
     "chunk_size": 1,
     "segment_size": 1,
     "num_memory_layers": 0,
@@ -72,6 +73,7 @@ class SenriConfig(LlamaConfig):
 
     Args:
         sliding_window_size: number of most recent tokens each query attends to exactly (W).
+        num_sink_tokens: first tokens of a text that stay visible behind the window (attention sinks); 0 for none.
         chunk_size: tokens the memory scan handles at once; a speed knob, never a change of result.
         segment_size: pairs between two refreshes of the `delta` rule's correction.
         num_memory_layers, first_memory_layer, memory_layer_interval: which layers have a memory.
@@ -93,6 +95,7 @@ class SenriConfig(LlamaConfig):
     model_type = "senri"
 
     sliding_window_size: int = 1024
+    num_sink_tokens: int = 1
     chunk_size: int = 64
     segment_size: int = 2048
     num_memory_layers: int = 2

@@ -6,6 +6,7 @@ Parameter names are the base model's, so that its weights load as they are; what
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers.models.llama.modeling_llama import (
 
 from senri.hf.cache import LayerState
 from senri.hf.configuration_senri import SenriConfig
-from senri.layers import MemoryAttention, MemoryStream, WindowPlan, sliding_window_attention
+from senri.layers import MemoryAttention, MemoryStream, NewSinks, Sinks, WindowPlan, sliding_window_attention
 
 
 class SenriRotaryEmbedding(LlamaRotaryEmbedding):
@@ -47,9 +48,25 @@ class SenriRotaryEmbedding(LlamaRotaryEmbedding):
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
+    def sinks(self, x: Tensor, num_sinks: int, window: int) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[1, S, D]`` that rotate the sinks' keys back by their distance from an unrotated query."""
+        distance = window + torch.arange(num_sinks - 1, -1, -1, device=x.device)
+        cos, sin = self(x, distance[None])
+        # the query brings no attention_scaling of its own
+        return cos * self.attention_scaling, -sin * self.attention_scaling
+
+
+class AttentionPlan(NamedTuple):
+    """What one forward call's attention is, the same for all layers."""
+
+    window: WindowPlan
+    rotary: tuple[Tensor, Tensor]  # cos and sin [B, T, D] of the new tokens
+    new_sinks: NewSinks | None
+    sink_rotary: tuple[Tensor, Tensor]  # cos and sin [1, S, D]
+
 
 class SenriAttention(nn.Module):
-    """Sliding-window attention with rotary positions; optionally mixed per head with a memory's read."""
+    """Sliding-window attention with rotary positions and sinks; optionally mixed per head with a memory's read."""
 
     def __init__(self, config: SenriConfig) -> None:
         super().__init__()
@@ -70,12 +87,11 @@ class SenriAttention(nn.Module):
         self,
         hidden: Tensor,
         state: LayerState,
-        plan: WindowPlan,
-        position_embeddings: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
         memory_read: Tensor | None = None,
         memory_weight: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``hidden`` ``[B, T, hidden]`` -> output of the same shape, and the window's new keys and values.
+    ) -> tuple[Tensor, LayerState]:
+        """``hidden`` ``[B, T, hidden]`` -> output of the same shape, and the state with the new window and sinks.
 
         With ``memory_read`` ``[B, T, H, D]`` and ``memory_weight`` g ``[B, T, H, 1]``: ``g * read + (1 - g) *
         attention`` before the output projection (Munkhdalai et al. 2024, eq. 6).
@@ -84,17 +100,30 @@ class SenriAttention(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-        q, k = apply_rotary_pos_emb(heads(self.q_proj(hidden)), heads(self.k_proj(hidden)), *position_embeddings)
+        raw_q, raw_k, v = (heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        sinks = self._sinks(state, plan, raw_q, raw_k, v)
+        q, k = apply_rotary_pos_emb(raw_q, raw_k, *plan.rotary)
         keys = torch.cat([state.keys, k], dim=2) if state.keys.shape[2] else k
-        v = heads(self.v_proj(hidden))
         values = torch.cat([state.values, v], dim=2) if state.values.shape[2] else v
         dropout = self.dropout if self.training else 0.0
-        out = sliding_window_attention(q, keys, values, plan, scale=self.head_dim**-0.5, dropout=dropout)
-        out = out.transpose(1, 2)
+        out = sliding_window_attention(
+            q, keys, values, plan.window, scale=self.head_dim**-0.5, dropout=dropout, sinks=sinks
+        ).transpose(1, 2)
         if memory_read is not None and memory_weight is not None:
             out = memory_weight * memory_read + (1 - memory_weight) * out
         first = max(keys.shape[2] - (self.window - 1), 0)
-        return self.o_proj(out.reshape(*hidden.shape[:2], -1)), keys[:, :, first:], values[:, :, first:]
+        new_state = state._replace(
+            keys=keys[:, :, first:], values=values[:, :, first:], sink_keys=sinks.keys, sink_values=sinks.values
+        )
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1)), new_state
+
+    def _sinks(self, state: LayerState, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> Sinks:
+        """The sinks with those that are among the new tokens; q, k before their rotation."""
+        new = plan.new_sinks
+        if new is None:
+            return Sinks(q, state.sink_keys, state.sink_values)
+        _, rotated = apply_rotary_pos_emb(new.take(k), new.take(k), *plan.sink_rotary)
+        return Sinks(q, new.put(state.sink_keys, rotated), new.put(state.sink_values, new.take(v)))
 
 
 class SenriDecoderLayer(nn.Module):
@@ -112,8 +141,7 @@ class SenriDecoderLayer(nn.Module):
         self,
         hidden: Tensor,
         state: LayerState,
-        plan: WindowPlan,
-        position_embeddings: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
         stream: MemoryStream,
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """Returns the new hidden states, the memory's input where the read-out waits for the head, the new state."""
@@ -129,12 +157,12 @@ class SenriDecoderLayer(nn.Module):
                 weight = self.memory.mix_gate.sigmoid().to(read.dtype)[:, None] * filled[..., None, None]
             else:
                 added, memory_state = self.memory(normed, stream, state.memory)
-        attended, keys, values = self.self_attn(normed, state, plan, position_embeddings, read, weight)
+        attended, new_state = self.self_attn(normed, state, plan, read, weight)
         hidden = hidden + attended
         if added is not None:
             hidden = hidden + added
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden, waiting, LayerState(keys, values, memory_state)
+        return hidden, waiting, new_state._replace(memory=memory_state)
 
 
 def build_memory(config: SenriConfig) -> MemoryAttention:

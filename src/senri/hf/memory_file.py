@@ -20,7 +20,7 @@ from senri.hf.configuration_senri import SenriConfig
 from senri.memory.rules import RULES
 from senri.memory.state import named_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Fields of the header that must equal the model's, and what they are called in a message.
 _MUST_MATCH = (
     "format_version",
@@ -28,6 +28,7 @@ _MUST_MATCH = (
     "rope_parameters",
     "rms_norm_eps",
     "sliding_window_size",
+    "num_sink_tokens",
     "memory_layers",
     "update_rule",
     "feature_map",
@@ -68,6 +69,7 @@ def expected_header(config: SenriConfig) -> dict[str, Any]:
         "rope_parameters": config.rope_parameters,
         "rms_norm_eps": config.rms_norm_eps,
         "sliding_window_size": config.sliding_window_size,
+        "num_sink_tokens": config.num_sink_tokens,
         "memory_layers": config.memory_layers,
         "update_rule": config.update_rule,
         "feature_map": config.feature_map or RULES[config.update_rule].feature_map,
@@ -179,7 +181,8 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path}: format_version is {header.get('format_version')!r} in the file, {FORMAT_VERSION} here: read the "
             "text again"
         )
-    if header.get("checksum") != _checksum(tensors, header):
+    # the second: a number may be written in two ways, as 1e-06 and 1E-06
+    if header.get("checksum") != _checksum(tensors, header) or json.dumps(header) != metadata["senri"]:
         raise MemoryFileError(f"{path} is corrupt: its content does not match its checksum; read the text again")
     return header, tensors
 

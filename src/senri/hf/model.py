@@ -15,8 +15,8 @@ from transformers.utils.generic import can_return_tuple
 
 from senri.hf.cache import LayerState, ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
-from senri.hf.decoder import SenriDecoderLayer, SenriRotaryEmbedding
-from senri.layers import MemoryAttention, MemoryStream, window_plan
+from senri.hf.decoder import AttentionPlan, SenriDecoderLayer, SenriRotaryEmbedding
+from senri.layers import MemoryAttention, MemoryStream, new_sinks, sinks_behind, window_plan
 from senri.memory.scan import unpack_index
 
 INFERENCE_PIECE = 2048  # tokens of one pass without gradient: bounds the activations of a long prompt
@@ -140,7 +140,7 @@ class SenriModel(SenriPreTrainedModel):
         return SenriCache(self.config.num_hidden_layers, self.config.sliding_window_size)
 
     def flush(self, cache: SenriCache) -> None:
-        """Write what the window still holds into the memory and empty the window: the end of a text.
+        """Write what the window still holds into the memory and empty the window, sinks included: the end of a text.
 
         Afterwards each token read so far has been written exactly once.
         """
@@ -158,7 +158,8 @@ class SenriModel(SenriPreTrainedModel):
                 blank = memory.recent.new_zeros(*nothing.shape, memory.recent.shape[2])
                 _, memory = self.memories[i](blank, stream, memory, self.embed_tokens.weight)
                 memory = memory._replace(recent=torch.zeros_like(memory.recent))
-            layers.append(LayerState(old.keys[:, :, :0], old.values[:, :, :0], memory))
+            sinks = (torch.zeros_like(old.sink_keys), torch.zeros_like(old.sink_values))
+            layers.append(LayerState(old.keys[:, :, :0], old.values[:, :, :0], *sinks, memory))
         empty = torch.zeros_like(state.ids)
         cache.commit(
             state._replace(
@@ -166,6 +167,7 @@ class SenriModel(SenriPreTrainedModel):
                 ids=empty,
                 valid=empty.bool(),
                 surprise=None if state.surprise is None else state.surprise.new_zeros(empty.shape[0], slots),
+                since_flush=torch.zeros_like(state.since_flush),
             ),
             columns=0,
         )
@@ -192,14 +194,22 @@ class SenriModel(SenriPreTrainedModel):
             position_ids = (state.position[:, None] + valid.cumsum(1) - 1).clamp(min=0)
         stream = self._stream(state, valid, ids, None)
         window_valid = stream.valid[:, -(past + steps) :] if has_padding else None
-        plan = window_plan(steps, past, self.config.sliding_window_size, window_valid, hidden.device)
-        rotary = self.rotary_emb(hidden, position_ids)
+        window, num_sinks = self.config.sliding_window_size, self.config.num_sink_tokens
+        index = state.since_flush[:, None] + valid.cumsum(1) - 1
+        plan = AttentionPlan(
+            window_plan(
+                steps, past, window, window_valid, hidden.device, behind=sinks_behind(index, num_sinks, window)
+            ),
+            self.rotary_emb(hidden, position_ids),
+            new_sinks(index, valid, num_sinks),
+            self.rotary_emb.sinks(hidden, num_sinks, window),
+        )
         layers: list[LayerState] = []
         waiting: dict[int, Tensor] = {}
         inputs = []
         for i, layer in enumerate(self.layers):
             inputs.append(hidden)
-            hidden, memory_input, new = self._run_layer(layer, hidden, state.layers[i], plan, rotary, stream)
+            hidden, memory_input, new = self._run_layer(layer, hidden, state.layers[i], plan, stream)
             layers.append(new)
             if memory_input is not None:
                 waiting[i] = memory_input
@@ -222,6 +232,7 @@ class SenriModel(SenriPreTrainedModel):
             surprise=None if stream.surprise is None else stream.surprise[:, -slots:],
             last_hidden=last_hidden,
             position=state.position + valid.sum(1),
+            since_flush=state.since_flush + valid.sum(1),
         )
         cache.has_padding = has_padding
         cache.commit(new_state, steps)
@@ -316,8 +327,15 @@ class SenriModel(SenriPreTrainedModel):
         config, device, memories = self.config, self.embed_tokens.weight.device, self.memories
         slots = config.sliding_window_size + max(config.memory_conv_size, 1) - 1
         keys = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
+        sinks = keys.new_zeros(*keys.shape[:2], config.num_sink_tokens, config.head_dim)
         layers = tuple(
-            LayerState(keys, keys, memories[i].init_state(batch_size, dtype, device) if i in memories else None)
+            LayerState(
+                keys,
+                keys,
+                sinks.clone(),  # a file must not find one tensor under two names
+                sinks.clone(),
+                memories[i].init_state(batch_size, dtype, device) if i in memories else None,
+            )
             for i in range(config.num_hidden_layers)
         )
         ids = torch.zeros(batch_size, slots, dtype=torch.long, device=device)
@@ -329,6 +347,7 @@ class SenriModel(SenriPreTrainedModel):
             surprise=ids.to(torch.promote_types(dtype, torch.float32)) if surprised else None,
             last_hidden=keys.new_zeros(batch_size, config.hidden_size) if surprised else None,
             position=torch.zeros(batch_size, dtype=torch.long, device=device),
+            since_flush=torch.zeros(batch_size, dtype=torch.long, device=device),
         )
 
     def _packed_forward(
