@@ -90,7 +90,7 @@ def test_a_memory_moves_between_precisions(make_senri, tokens, tmp_path, flush):
 
 @torch.no_grad()
 def test_the_file_holds_the_state_and_little_else(make_senri, tokens, tmp_path):
-    model = make_senri(dtype=torch.float32, sliding_window_size=64)
+    model = make_senri(dtype=torch.float32, sliding_window_size=64, num_sink_tokens=64)
     sizes = {}
     for length in (100, 1000):
         model.end_session()

@@ -122,7 +122,8 @@ class SenriAttention(nn.Module):
         new = plan.new_sinks
         if new is None:
             return Sinks(q, state.sink_keys, state.sink_values)
-        _, rotated = apply_rotary_pos_emb(new.take(k), new.take(k), *plan.sink_rotary)
+        taken = new.take(k)
+        rotated, _ = apply_rotary_pos_emb(taken, taken, *plan.sink_rotary)
         return Sinks(q, new.put(state.sink_keys, rotated), new.put(state.sink_values, new.take(v)))
 
 

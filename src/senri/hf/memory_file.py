@@ -201,13 +201,19 @@ def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
 
 
 def _trim(state: ModelState) -> ModelState:
-    """Drop the empty slots before the window's first token: after flush() nothing of the window is left."""
+    """Drop the empty slots: those before the window's first token, and sinks before any token of a text.
+
+    So after flush() nothing of the window is left.
+    """
     filled = state.valid.any(0)
     first = int(filled.int().argmax()) if filled.any() else filled.numel()
+    sinks = slice(None if state.since_flush.any() else 0)
     layers = tuple(
-        layer
-        if layer.memory is None
-        else layer._replace(memory=layer.memory._replace(recent=layer.memory.recent[:, first:]))
+        layer._replace(
+            sink_keys=layer.sink_keys[:, :, sinks],
+            sink_values=layer.sink_values[:, :, sinks],
+            memory=layer.memory and layer.memory._replace(recent=layer.memory.recent[:, first:]),
+        )
         for layer in state.layers
     )
     return state._replace(
@@ -222,6 +228,8 @@ def restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
     """A state shaped like ``empty`` with the file's tensors; trimmed slots come back empty."""
     if isinstance(empty, Tensor):
         tensor = tensors[prefix].to(empty.device, empty.dtype)
+        if "sink" in prefix and not tensor.numel():
+            return empty
         missing = empty.shape[1] - tensor.shape[1] if empty.dim() > 1 and "keys" not in prefix else 0
         if missing > 0 and "values" not in prefix:
             pad = empty.new_zeros(tensor.shape[0], missing, *tensor.shape[2:])

@@ -24,7 +24,7 @@ class Block(NamedTuple):
     last: int
     mask: Tensor | None  # [B or 1, 1, stop - start, (S +) last - first] bool; None: see is_causal
     is_causal: bool
-    sinks: bool
+    sinks: bool  # whether a query of the block sees any
 
 
 WindowPlan = list[Block]
@@ -57,11 +57,12 @@ def window_plan(
         if valid is not None:
             # padded queries still see themselves: a row without any key would give NaN
             mask = mask & valid[:, None, None, first:last] | (key == query)
-        sinks = behind is not None and bool(behind[:, start:stop].any())
-        if sinks:
-            seen = behind[:, None, start:stop]  # type: ignore[index]
-            mask = torch.cat([seen, mask.expand(len(seen), -1, -1, -1)], -1)
-        plan.append(Block(start, stop, first, last, mask, is_causal=False, sinks=sinks))
+        sinks = behind[:, None, start:stop] if behind is not None else None
+        if sinks is not None and not sinks.any():
+            sinks = None
+        if sinks is not None:
+            mask = torch.cat([sinks, mask.expand(len(sinks), -1, -1, -1)], -1)
+        plan.append(Block(start, stop, first, last, mask, is_causal=False, sinks=sinks is not None))
     return plan
 
 
