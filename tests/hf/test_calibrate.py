@@ -173,7 +173,7 @@ def test_on_the_real_model_a_passage_that_comes_again_is_recalled(make_real, rea
     options = {"memory_num_heads": 1, "memory_head_dim": 576, "num_memory_layers": 1, "first_memory_layer": 10}
     model = make_real(**{**HEAD, **options})
     report = calibrate(model, real_ids(0, 4096 + 544)[0], num_tokens=4096, repeat_tokens=544)
-    assert report.loss_with < report.loss_without - 0.3
+    assert report.loss_with < report.loss_without - 0.2
     passage = real_ids(3_000_000, 256)
     twice = torch.cat([passage, real_ids(2_000_000, 256), passage], dim=1)
 
