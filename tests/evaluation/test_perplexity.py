@@ -205,7 +205,7 @@ def test_the_difference_is_paired_and_the_verdict_waits_for_its_interval():
     gains = [[0.02, -0.01, -0.02], [0.3, 0.31, 0.32], [-0.10, -0.12, -0.11]]  # bucket by text
     records = [record(i, memory=[off[i] + g[i] for g in gains], memory_off=[off[i]] * 3) for i in range(3)]
     section = SUITE.section(records, 64)
-    overall, table = section.tables
+    overall, table, _ = section.tables
     assert column(table, "tokens before") == ["0 to 256", "256 to 512", "512 to 1000"]
     assert column(table, "verdict") == ["nothing shown", "worse", "better"]
     half = 4.302653 * 0.01 / math.sqrt(3)  # t(2), the standard deviation of -0.10, -0.12, -0.11
@@ -242,7 +242,7 @@ def test_a_perplexity_below_5_is_flagged(value, leaks):
 
 def test_one_text_shows_numbers_and_no_intervals(tmp_path):
     section = SUITE.section([record(0, memory=[4.0, 3.0, 2.5], memory_off=[4.0, 3.5, 3.0])], None)
-    overall, table = section.tables
+    overall, table, _ = section.tables
     assert column(overall, "interval") == [None, None]
     assert column(table, "verdict") == ["nothing shown: one text"] * 3
     assert column(table, "memory − memory off (nats)") == ["+0.0000", "-0.5000", "-0.5000"]
@@ -257,7 +257,7 @@ def test_an_arm_is_shown_only_where_it_scored():
     for r in records:
         r["arms"][FULL_ATTENTION][1] = [3.0 * 200, 200]  # of 256: not the whole bucket
     section = SUITE.section(records, 64)
-    overall, table = section.tables
+    overall, table, _ = section.tables
     assert column(table, FULL_ATTENTION) == [pytest.approx(math.exp(3.5)), None, None]
     assert column(overall, "tokens scored") == [1998, 1998, 2 * 455]
     curves = {s.name: s for s in section.figures[0].series}

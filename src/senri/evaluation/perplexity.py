@@ -128,7 +128,14 @@ class PerplexitySuite:
         edges = records[0]["edges"]
         arms = [arm for arm in ARMS if arm in records[0]["arms"]]
         buckets = range(len(edges) - 1)
-        table = _by_position_table(records, arms, edges)
+        whole = {arm: [_mean_nll(r, arm, buckets) for r in records] for arm in arms}
+        positions = [(f"{tokens(low)} to {tokens(high)}", [b]) for b, (low, high) in enumerate(pairwise(edges))]
+        lengths = [(tokens(high), range(b + 1)) for b, high in enumerate(edges[1:])]
+        tables = (
+            _overall_table(whole, records, arms),
+            _table("Perplexity by position", "tokens before", records, positions),
+            _table("Perplexity by length of the text", "length", records, lengths),
+        )
         figure = Curves(
             "perplexity_by_position",
             f"Perplexity by position ({len(records)} texts" + (f", window {window:,})" if window else ")"),
@@ -137,8 +144,6 @@ class PerplexitySuite:
             tuple(_series(records, arm, edges) for arm in arms),
             log_x=True,
         )
-        whole = {arm: [_mean_nll(r, arm, buckets) for r in records] for arm in arms}
-        overall = _overall_table(whole, records, arms)
         flags = [
             f"LEAK?: {arm}: perplexity {math.exp(np.mean(values)):.2f} is below 5: was the text trained on?"
             for arm, values in whole.items()
@@ -148,7 +153,7 @@ class PerplexitySuite:
             f"{len(records)} stretches of {self.length:,} tokens of held-out text. Intervals (95 %) are over texts; "
             "the difference is paired, so it shows what the memory does, not how hard the texts are."
         )
-        return Section("Perplexity", text, tuple(flags), (overall, table), (figure,))
+        return Section("Perplexity", text, tuple(flags), tables, (figure,))
 
 
 def position_edges(length: int) -> list[int]:
@@ -179,17 +184,19 @@ def _measured(record: Record, arm: str, bucket: int) -> bool:
     return record["arms"][arm][bucket][1] >= record["arms"][MEMORY][bucket][1] * 0.9 > 0
 
 
-def _by_position_table(records: Sequence[Record], arms: Sequence[str], edges: Sequence[int]) -> Table:
-    rows = []
-    for bucket, (low, high) in enumerate(pairwise(edges)):
-        cells: list[str | float | None] = [f"{tokens(low)} to {tokens(high)}"]
+def _table(title: str, axis: str, records: Sequence[Record], rows: Sequence[tuple[str, Sequence[int]]]) -> Table:
+    """Each arm's perplexity and the paired difference, for buckets pooled as ``rows`` (label, buckets) says."""
+    arms = [arm for arm in ARMS if arm in records[0]["arms"]]
+    lines = []
+    for label, buckets in rows:
+        cells: list[str | float | None] = [label]
         for arm in arms:
-            known = _measured(records[0], arm, bucket)
-            cells.append(math.exp(np.mean([_mean_nll(r, arm, [bucket]) for r in records])) if known else None)
-        cells += _difference([_mean_nll(r, MEMORY, [bucket]) - _mean_nll(r, MEMORY_OFF, [bucket]) for r in records])
-        rows.append(tuple(cells))
-    columns = ("tokens before", *arms, "memory − memory off (nats)", "verdict")
-    return Table("Perplexity by position", columns, tuple(rows), dict.fromkeys(arms, ".2f"))
+            known = all(_measured(records[0], arm, bucket) for bucket in buckets)
+            cells.append(math.exp(np.mean([_mean_nll(r, arm, buckets) for r in records])) if known else None)
+        cells += _difference([_mean_nll(r, MEMORY, buckets) - _mean_nll(r, MEMORY_OFF, buckets) for r in records])
+        lines.append(tuple(cells))
+    columns = (axis, *arms, "memory − memory off (nats)", "verdict")
+    return Table(title, columns, tuple(lines), dict.fromkeys(arms, ".2f"))
 
 
 def _difference(values: Sequence[float]) -> list[str | float | None]:
