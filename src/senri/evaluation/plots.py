@@ -172,7 +172,8 @@ def _measurement(axes: Axes, figure: Curves, series: Series, index: int, count: 
         axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, linewidth=0)
     if few:
         bars = _error_bars(axes, series, colour) if series.low else []
-        _shift([curve, *bars], axes, 24 / len(series.x) * (index - (count - 1) / 2))
+        widest = max(len(s.x) for s in figure.series)
+        _shift([curve, *bars], axes, 24 / widest * (index - (count - 1) / 2))
     return curve
 
 

@@ -135,7 +135,11 @@ def _table(task: str, cells: Mapping[str, Cell], axis: str, window: int | None) 
         shares = [_shown(cell.share(arm)) for arm in arms]
         rows.append((label, cell.n, cell.in_window, *shares, _shown(cell.exact), cell.score(MEMORY), cell.verdict))
     formats = {"facts in window": ".0%", "memory, mean score": ".1%"}
-    note = "" if window is None else f"W / length with W = {window:,} is what exact attention alone would reach."
+    note = (
+        f"Exact attention alone (W = {window:,}) reaches the facts in the window: W / length of facts spread evenly."
+        if window
+        else ""
+    )
     return Table(task, tuple(columns), tuple(rows), formats, note)
 
 
@@ -173,6 +177,7 @@ def _curves(task: str, cells: Mapping[tuple[Any, ...], Cell], window: int | None
     if window is not None:
         xs = tuple(float(n) for n in by_length)
         series.append(Series("W / length", xs, tuple(min(1.0, window / x) for x in xs), dashed=True))
+        series.append(Series("facts in window", xs, tuple(c.in_window for c in by_length.values()), dashed=True))
     return Curves(
         f"{task}_by_length",
         f"{task}: answers found, all depths",
