@@ -11,22 +11,17 @@ import torch
 
 from senri.data.haystack import RepeatedHaystack, encode
 from senri.data.reversal import Pair, made_up_pairs
-from senri.evaluation.markdown import cells
-from senri.evaluation.readers import FullAttentionReader, SenriReader, without_memory
-from senri.evaluation.reversal import (
-    BEYOND,
-    MEMORY_CROSSED,
-    MODEL,
-    OFF_CROSSED,
-    ReversalSuite,
+from senri.evaluation.completions import (
     Scored,
     completion_nll,
     evaluate_reversal,
     model_scorer,
-    reversal,
     reversal_figures,
     saved,
 )
+from senri.evaluation.markdown import cells
+from senri.evaluation.readers import FullAttentionReader, SenriReader, without_memory
+from senri.evaluation.reversal import BEYOND, MEMORY_CROSSED, MODEL, OFF_CROSSED, ReversalSuite, reversal
 from senri.evaluation.runner import ARMS, FULL_ATTENTION, MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, Log
 from senri.evaluation.suites import Bench, Sources
 
