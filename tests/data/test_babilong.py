@@ -223,15 +223,3 @@ def test_answers_score_as_questions_do(babi, make):
             for other in question.others:
                 assert score(f"{story.answer} or {other}", question) == 0
                 assert not babilong_correct(f"{story.answer} or {other}", question.answers, question.others)
-
-
-def test_the_published_choice_of_stories(tmp_path):
-    path = tmp_path / "indices.json"
-    path.write_text('{"qa1": [1, 4, 10], "qa2": [8]}')
-    assert babilong.test_indices(path) == {"qa1": (1, 4, 10), "qa2": (8,)}
-    for content in ("[1, 2]", '{"qa1": 3}', "nothing"):
-        path.write_text(content)
-        with pytest.raises(TextError, match=r"indices\.json is no list of stories"):
-            babilong.test_indices(path)
-    with pytest.raises(TextError, match="no such file"):
-        babilong.test_indices(tmp_path / "none.json")

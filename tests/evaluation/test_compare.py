@@ -51,12 +51,11 @@ def scored(i, nats, source="book", edges=(0, 256, 300)):
 
 @pytest.fixture
 def planted(tmp_path):
-    """``(name, records)`` -> folder of a run."""
+    """``(name, records, **identity)`` -> folder of a run."""
 
-    def planted(name, records):
-        log = open_run(
-            tmp_path / name, {"model": f"/models/{name}", "adapter": None, "base_fingerprint": "f", "seed": 0}
-        )
+    def planted(name, records, **identity):
+        same = {"model": f"/models/{name}", "adapter": None, "base_fingerprint": "f", "seed": 0}
+        log = open_run(tmp_path / name, same | identity)
         for record in records:
             log.add(record)
         log.close()
@@ -137,7 +136,54 @@ def test_only_common_tasks_and_cells_are_rows(planted):
     report = compare(a, b)
     assert [(row["task"], row["length"]) for row in rows(report, "niah")] == [("single", "1,024")]
     text = report.sections[0].text
-    assert text == "1 of A's 3 and B's 3 records have the same name."
+    assert text == "1 of A's 3 and B's 3 records have the same name.\nThe runs differ in: model."
+
+
+def test_settings_in_which_the_runs_differ_are_named(planted):
+    settings = {"seed": 1, "evaluation": {"niah": {"samples": 5, "lengths": [1]}, "suites": ["niah"]}, "model": "m"}
+    other = {"seed": 2, "evaluation": {"niah": {"samples": 6, "lengths": [1]}, "suites": ["niah"]}, "extra": True}
+    a = planted("a", [answered(0, True)], **settings)
+    b = planted("b", [answered(0, True), answered(1, True)], **other)
+    begin = "1 of A's 1 and B's 2 records have the same name."
+    assert compare(a, b).sections[0].text == (
+        f"{begin}\nThe runs differ in: evaluation.niah.samples, extra, model, seed."
+    )
+    assert compare(a, a).sections[0].text == "1 of A's 1 and B's 1 records have the same name."
+
+
+def test_suites_that_are_not_compared_are_named(planted):
+    common = [answered(0, True), {"key": "capacity/1/0", "pairs": 1, "expected": [3], "arms": {MEMORY: 1}}]
+    a = planted("a", [*common, answered(0, True, suite="ruler"), scored(0, [3.0, 3.0])], model="m")
+    b = planted("b", [*common, answered(0, True, 2048, suite="ruler"), {"key": "reversal/0"}], model="m")
+    for one, other, sizes in ((a, b, (4, 4)), (b, a, (4, 4))):
+        report = compare(one, other)
+        assert [s.title for s in report.sections] == ["What is compared", "niah"]
+        assert report.sections[0].text == (
+            f"2 of A's {sizes[0]} and B's {sizes[1]} records have the same name.\n"
+            "Not compared (see the runs' own reports): capacity, perplexity, reversal, ruler."
+        )
+    text = compare(a, a).sections[0].text
+    assert text.endswith("\nNot compared (see the runs' own reports): capacity.")
+    assert "differ" not in text
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"key": "niah/single/2/1024/0", "prom', b'{"key": "niah/single/2/1024/0"}'])
+def test_logs_are_read_and_left_as_they_are(planted, tail):
+    folders = [planted(name, [answered(i, True) for i in range(2)]) for name in "ab"]
+    for folder in folders:
+        with open(folder / "records.jsonl", "ab") as file:
+            file.write(tail)  # another process may be writing it
+    files = lambda: {  # noqa: E731
+        p: (p.read_bytes(), p.stat().st_mtime_ns) for folder in folders for p in sorted(folder.rglob("*"))
+    }
+    before = files()
+    for folder in folders:
+        assert before[folder / "records.jsonl"][0].endswith(tail or b"\n")
+        (folder / "records.jsonl").chmod(0o444)
+    report = compare(*folders)
+    assert files() == before
+    assert report.sections[0].text.startswith("2 of A's 2 and B's 2 records have the same name.")
+    assert [row["A samples"] for row in rows(report, "niah")] == [2]
 
 
 def test_every_suite_has_its_section_and_distances_are_cells(planted, tmp_path):
@@ -240,9 +286,9 @@ def test_other_texts_are_not_compared(planted, other):
 
 def test_other_stretches_of_the_same_book_are_not_compared(make_senri, tmp_path):
     class Book:
-        def stretch(self, length, rng):
-            ids = np.array(rng.choices(range(3, 97), k=length), dtype=np.int32)
-            return Stretch(ids, np.array([0, length]), "King James Bible (last part)")
+        def disjoint(self, length, count, rng):
+            texts = [np.array(rng.choices(range(3, 97), k=length), dtype=np.int32) for _ in range(count)]
+            return [Stretch(ids, np.array([0, length]), "King James Bible (last part)") for ids in texts]
 
     folders = []
     for seed in (0, 1):
@@ -251,8 +297,10 @@ def test_other_stretches_of_the_same_book_are_not_compared(make_senri, tmp_path)
         PerplexitySuite(Sources(Book(), None, seed), 40, 2).run(bench)
         log.close()
         folders.append(tmp_path / str(seed))
+    assert len((folders[0] / "records.jsonl").read_bytes().splitlines()) == 2
     with pytest.raises(ValueError, match="nothing can be compared"):
         compare(*folders)
+    assert [s.title for s in compare(folders[0], folders[0]).sections] == ["What is compared", "perplexity"]
 
 
 # what cannot be compared --------------------------------------------------------------------------------------

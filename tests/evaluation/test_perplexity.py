@@ -1,7 +1,9 @@
 """Perplexity: every token scored once, given what the model can see; verdicts only where an interval says so."""
 
 import math
+from hashlib import sha256
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from senri.data.haystack import Stretch
+from senri.data.corpus import Document
+from senri.data.haystack import BookHaystack, Stretch
+from senri.data.samples import SampleError
 from senri.evaluation import perplexity
 from senri.evaluation.perplexity import (
     SEGMENTS,
@@ -270,9 +274,9 @@ def test_an_arm_is_shown_only_where_it_scored():
 
 
 class Noise:
-    def stretch(self, length, rng):
-        ids = np.array(rng.choices(range(3, VOCABULARY), k=length), dtype=np.int32)
-        return Stretch(ids, np.array([0, length]), f"noise {rng.random():.3f}")
+    def disjoint(self, length, count, rng):
+        texts = [np.array(rng.choices(range(3, VOCABULARY), k=length), dtype=np.int32) for _ in range(count)]
+        return [Stretch(ids, np.array([0, length]), f"noise {rng.random():.3f}") for ids in texts]
 
 
 @pytest.fixture
@@ -286,9 +290,11 @@ def measure(make_senri, base, tmp_path):
         log = Log(tmp_path / file)
         control = FullAttentionReader(base, None) if full else None
         bench = Bench(reader, control, None, log, progress=[].append if said is None else said.append)
-        PerplexitySuite(Sources(Noise(), None, seed), 300, 2).run(bench)
-        log.close()
-        hook.remove()
+        try:
+            PerplexitySuite(Sources(Noise(), None, seed), 300, 2).run(bench)
+        finally:
+            log.close()
+            hook.remove()
         return log.records, len(passes)
 
     measure.model = reader.model
@@ -315,14 +321,33 @@ def test_a_run_scores_all_arms_and_resumes_without_measuring_again(measure, base
     assert (tmp_path / "a.jsonl").read_bytes() == before
     (tmp_path / "half.jsonl").write_bytes(before.splitlines(keepends=True)[1])
     assert measure("half.jsonl")[0] == records
-    assert measure("b.jsonl", seed=1, full=False)[0]["perplexity/0"]["arms"][MEMORY] != r["arms"][MEMORY]
+    first = records["perplexity/0"]
+    assert measure("b.jsonl", seed=1, full=False)[0]["perplexity/0"]["arms"][MEMORY] != first["arms"][MEMORY]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_log_of_other_texts_is_not_continued(measure, tmp_path, kept):
+    measure("a.jsonl", full=False)
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_bytes(lines[kept])
+    with pytest.raises(ValueError, match=rf"^\S+b\.jsonl holds another text as perplexity/{kept}: name another folder"):
+        measure("b.jsonl", seed=1, full=False)
+    assert (tmp_path / "b.jsonl").read_bytes().startswith(lines[kept])
+    (tmp_path / "c.jsonl").write_bytes(b"".join(lines))
+    said = []
+    with pytest.raises(ValueError, match=r"holds another text as perplexity/0"):
+        measure("c.jsonl", seed=1, full=False, said=said)
+    assert said == []
+    assert (tmp_path / "c.jsonl").read_bytes() == b"".join(lines)
 
 
 def test_a_record_is_the_text_scored(measure, base, memoryless, monkeypatch):
     texts = []
-    stretch = Noise.stretch
-    monkeypatch.setattr(Noise, "stretch", lambda *a: texts.append(stretch(*a)) or texts[-1])
+    disjoint = Noise.disjoint
+    monkeypatch.setattr(Noise, "disjoint", lambda *a: texts.extend(disjoint(*a)) or texts)
     records, _ = measure("a.jsonl")
+    assert [r["source"] for r in records.values()] == [t.source for t in texts]
+    assert [r["text_sha256"] for r in records.values()] == [sha256(t.ids.tobytes()).hexdigest() for t in texts]
     first = records["perplexity/0"]
     ids = texts[0].ids
     assert first["source"] == texts[0].source
@@ -337,3 +362,81 @@ def test_a_record_is_the_text_scored(measure, base, memoryless, monkeypatch):
     segments = np.nansum(brute_force(base, ids, WINDOW, WINDOW)[:255])
     assert first["arms"][SEGMENTS][0][0] == pytest.approx(segments, abs=1e-3)
     assert PerplexitySuite(None, 300, 2).section(list(records.values()), WINDOW).tables
+
+
+# texts --------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A token a character, by its code point."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def __len__(self):
+        return 1000
+
+    def batch_decode(self, rows):
+        return ["".join(map(chr, ids)) for ids in rows]
+
+
+SIZES = {"a": 100, "b": 35, "c": 9, "d": 50}  # stretches of 10: 10, 3, none, 5
+
+
+def places():
+    """Books in which no token comes twice, so that a token is its place; and each book's tokens."""
+    tokens = {n: range(b, b + size) for (n, size), b in zip(SIZES.items(), (100, 300, 400, 500), strict=True)}
+    return BookHaystack([Document(n, "".join(map(chr, ids))) for n, ids in tokens.items()], Letters()), tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 17, 18])
+@pytest.mark.parametrize("seed", range(5))
+def test_disjoint_stretches_have_no_token_in_common(count, seed):
+    books, tokens = places()
+    found = books.disjoint(10, count, Random(seed))
+    assert len(found) == count
+    every = [token for stretch in found for token in stretch.ids.tolist()]
+    assert len(set(every)) == len(every) == 10 * count
+    for stretch in found:
+        ids = stretch.ids.tolist()
+        assert ids == list(range(ids[0], ids[0] + 10))  # as it stands in the book
+        assert set(ids) <= set(tokens[stretch.source])  # in one book
+        assert (stretch.cuts[0], stretch.cuts[-1]) == (0, 10)
+    again = places()[0].disjoint(10, count, Random(seed))
+    assert [(s.ids.tolist(), s.source) for s in again] == [(s.ids.tolist(), s.source) for s in found]
+
+
+def test_disjoint_stretches_are_drawn_by_the_seed_and_from_all_books():
+    books, _ = places()
+    drawn = {tuple(int(s.ids[0]) for s in books.disjoint(10, 3, Random(seed))) for seed in range(20)}
+    assert len(drawn) > 15
+    assert {s.source for s in books.disjoint(10, 18, Random(0))} == {"a", "b", "d"}
+
+
+@pytest.mark.parametrize(("length", "count", "there"), [(10, 19, 18), (50, 4, 3), (100, 2, 1), (101, 1, 0)])
+def test_too_little_text_for_disjoint_stretches_is_refused(length, count, there):
+    books, _ = places()
+    said = rf"^the haystack has {there} separate stretches of {length} tokens and {count} are needed: give it more text"
+    with pytest.raises(SampleError, match=said):
+        books.disjoint(length, count, Random(0))
+    suite = PerplexitySuite(Sources(books, None, 0), length, count)
+    with pytest.raises(SampleError, match=said):
+        suite.check()  # before anything is read
+    if there:
+        assert len(books.disjoint(length, there, Random(0))) == there
+        PerplexitySuite(Sources(books, None, 0), length, there).check()
+
+
+def test_disjoint_stretches_of_a_real_text(real_text, real_tokenizer):
+    books = BookHaystack([Document("x", real_text[:20_000]), Document("y", real_text[-9000:])], real_tokenizer)
+    whole = {d.name: books.ids(i).tolist() for i, d in enumerate(books.documents)}
+    count = sum(len(ids) // 300 for ids in whole.values())
+    taken = []
+    for stretch in books.disjoint(300, count, Random(1)):
+        ids = whole[stretch.source]
+        (place,) = [i for i in range(len(ids) - 299) if ids[i : i + 300] == stretch.ids.tolist()]
+        taken += [(stretch.source, i) for i in range(place, place + 300)]
+        assert len(stretch.cuts) > 3
+    assert len(set(taken)) == len(taken) == 300 * count
+    with pytest.raises(SampleError):
+        books.disjoint(300, count + 1, Random(1))

@@ -13,6 +13,7 @@ from senri.evaluation.report import Section, Table
 from senri.evaluation.run import (
     IDENTITY,
     RECORDS,
+    STARTS,
     build_report,
     evaluate,
     git_revision,
@@ -192,7 +193,7 @@ def test_the_report_grows_suite_by_suite(bench, tmp_path):
     assert read_report(folder / "report.json") == report
     assert titles(folder) == ["a within 7", "ab within 7", "c within 7"]
     assert [len(s.tables[0].rows) for s in report.sections] == [2, 3, 2]  # "ab/0" is no record of "a"
-    assert {p.name for p in folder.iterdir()} == {IDENTITY, RECORDS, "report.json", "report.md", "report.html"}
+    assert {p.name for p in folder.iterdir()} == {IDENTITY, RECORDS, STARTS, "report.json", "report.md", "report.html"}
 
 
 def test_a_run_cut_short_keeps_what_it_has_and_goes_on(bench, tmp_path):
@@ -284,3 +285,13 @@ def test_the_revision_of_a_checkout(elsewhere):
 def test_no_git_is_no_revision(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert git_revision() is None
+
+
+def test_a_run_continued_under_other_versions_says_so(bench, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    evaluate([Fake("a")], bench(), folder, MODEL)
+    assert not any(s.flags for s in read_report(folder / "report.json").sections)
+    monkeypatch.setattr(run, "git_revision", lambda: "another")
+    report = evaluate([Fake("a")], bench(), folder, MODEL)
+    assert report.sections[0].flags == ("MIXED: the run was continued under another git revision: 2 different starts",)
+    assert report.facts["git revision"] == "another"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from senri.evaluation.runner import (
     MEMORY_OFF,
     OTHER_MEMORY,
     QUESTION_ONLY,
+    STRANGER,
     Log,
     RecallTask,
     run_task,
@@ -119,7 +121,7 @@ def test_a_model_that_copies_its_memory_scores_100_percent_and_its_controls_do_n
 
 
 def test_another_memory_answers_with_the_other_texts_fact(run, real_tokenizer, single):
-    stranger = single(1)  # with one sample, the extra one is number 1
+    stranger = single(STRANGER)
     records = run(Planted(real_tokenizer, copies=True), single)
     for record, context in zip(records, stranger, strict=True):
         if not record["in_window"]:
@@ -288,3 +290,46 @@ def test_every_record_holds_what_an_appendix_needs(run, real_tokenizer, single):
     assert record["source"] == "excerpt"
     assert record["tokens"] + NIAH["single"].max_new_tokens == 1024
     assert record["question"].endswith("The secret key is:")
+
+
+def test_evidence_in_part_in_the_window_is_not_in_the_window(real_tokenizer):
+    def facts(*evidence, **fields):
+        ids = np.full(100, real_tokenizer.eos_token_id, dtype=np.int32)
+        values = {"at": 100, "prompt": (5, 6), "answers": ("KEY",), "max_new_tokens": 4, "cell": {"task": "x"}} | fields
+        return window_facts(Context(ids, ()), Question(**values, evidence=evidence), 20, real_tokenizer)["in_window"]
+
+    assert facts((90, 95)) is True  # the window holds [82, 102)
+    assert facts((82, 84), (90, 95)) is True
+    assert facts((81, 84), (90, 95)) is False
+    assert facts((10, 12), (90, 95)) is False
+    assert facts() is None  # nothing can be said of words that are everywhere
+
+
+@pytest.mark.parametrize(("metric", "leak"), [("all", True), ("part", False), ("label", False)])
+def test_labels_and_common_words_in_the_window_are_no_leak(real_tokenizer, metric, leak):
+    ids = np.array(encode(real_tokenizer, " Daniel went to the kitchen." + " Then it was night." * 30 + " A kitchen."))
+    asked = tuple(encode(real_tokenizer, " Where is Daniel?"))
+    question = Question(len(ids), asked, ("kitchen",), 4, {"task": "x"}, ((0, 6),), metric)
+    facts = window_facts(Context(ids, ()), question, 30, real_tokenizer)
+    assert facts == {"in_window": False, "leak": leak}
+
+
+def test_tasks_without_evidence_have_no_window_share_and_no_flag(run, real_tokenizer, single):
+    def counting(sample):
+        return [Context(c.ids, tuple(replace(q, evidence=()) for q in c.questions)) for c in single(sample)]
+
+    records = run(Planted(real_tokenizer, copies=False), counting)
+    section = recall_section("Planted", records, WINDOW)
+    assert section.flags == ()
+    assert section.tables[0].rows[0][section.tables[0].columns.index("facts in window")] is None
+    assert [s.name for s in section.figures[-1].series if s.dashed] == ["W / length"]
+
+
+def test_an_answer_without_an_end_is_not_called_exact(run, real_tokenizer, single):
+    def endless(sample):
+        return [Context(c.ids, tuple(replace(q, stop=None) for q in c.questions)) for c in single(sample)]
+
+    records = run(Planted(real_tokenizer, copies=True), endless)
+    assert {r["arms"][MEMORY]["exact"] for r in records} == {None}
+    table = recall_section("Planted", records, WINDOW).tables[0]
+    assert table.rows[0][table.columns.index("memory, exact")] is None

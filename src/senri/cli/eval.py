@@ -56,9 +56,12 @@ def _check_packages() -> None:
 def compare_runs(a: Path, b: Path, output: Path | None) -> None:
     """Write the comparison of two runs and show its tables."""
     from senri.evaluation.compare import compare
+    from senri.evaluation.run import IDENTITY
     from senri.evaluation.write import write_report
 
     folder = output or a.parent / f"{a.name}-against-{b.name}"
+    if (folder / IDENTITY).exists():
+        raise ValueError(f"{folder} holds a run of its own: name another folder with -o")
     report = compare(a, b)
     write_report(report, folder)
     show(report, folder)
@@ -111,27 +114,34 @@ def prepare(config: ConfigManager, session: Session, documents: list[Document]) 
     from senri.evaluation.readers import FullAttentionReader, SenriReader
     from senri.evaluation.suites import Bench, Sources
     from senri.hf.adapter import base_fingerprint
-    from senri.hf.memory_file import fingerprint
+    from senri.hf.memory_file import expected_header, fingerprint, tokenizer_fingerprint
 
     settings, tokenizer, model = config.experiment.evaluation, session.tokenizer, session.model
     piece_size = config.experiment.reading.piece_size
     display = Progress()
     full = load_full(config, model.dtype, model.device) if settings.full_attention else None
+    if full is None and settings.full_attention:
+        console.print("no full-attention control: a saved Senri model has no unconverted base beside it")
     sources = Sources(BookHaystack(documents, tokenizer), tokenizer, config.experiment.seed)
     values = settings.model_dump(mode="json")
+    suites = {name: make_suite(name, values[name], sources) for name in settings.suites}
+    for suite in suites.values():
+        suite.check()
     identity = {
         "model": config.base_model_name,
         "adapter": config.model.adapter,
         "base_fingerprint": base_fingerprint(model),
         "fingerprint": fingerprint(model.named_parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "senri": config.senri_overrides(),
-        "sliding_window_size": model.config.sliding_window_size,
-        "num_sink_tokens": model.config.num_sink_tokens,
+        "device": model.device.type,
+        "memory": expected_header(model.config),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "piece_size": piece_size,
         "seed": config.experiment.seed,
         "texts": ", ".join(d.name for d in documents),
         "text_digests": [d.digest for d in documents],
-        "evaluation": {name: values[name] for name in ("suites", "full_attention", *settings.suites)},
+        "full_attention": full is not None,
+        "evaluation": {name: values[name] for name in sorted(suites)},
     }
 
     def bench(log: Any) -> Bench:
@@ -143,7 +153,7 @@ def prepare(config: ConfigManager, session: Session, documents: list[Document]) 
             display.line,
         )
 
-    return bench, [make_suite(name, values[name], sources) for name in settings.suites], identity
+    return bench, list(suites.values()), identity
 
 
 def make_suite(name: str, values: dict[str, Any], sources: Sources) -> Suite:
@@ -162,7 +172,8 @@ def make_suite(name: str, values: dict[str, Any], sources: Sources) -> Suite:
         "capacity": CapacitySuite,
         "reversal": reversal,
     }
-    return makers[name](sources, **values)
+    unique = {key: list(dict.fromkeys(v)) if isinstance(v, list) else v for key, v in values.items()}
+    return makers[name](sources, **unique)
 
 
 def load_full(config: ConfigManager, dtype: Any, device: Any) -> Any:

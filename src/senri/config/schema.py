@@ -177,7 +177,7 @@ class RecallByWritesConfig(Section):
 class PerplexityConfig(Section):
     """`evaluation.perplexity` of experiment.yaml."""
 
-    length: Positive
+    length: Annotated[int, Strict(), Field(ge=2)]
     samples: Positive
 
 

@@ -5,7 +5,6 @@ wording of instructions and examples is our own, and the examples' names and pla
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,19 +185,6 @@ def load_babi(folder: str | Path, task: str, part: Literal["train", "test"]) -> 
         except ValueError:
             raise TextError(f"{files[0]}: line {place} is not a line of bAbI v1.2: {line[:60]!r}") from None
     return stories
-
-
-def test_indices(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Which test stories BABILong's published samples are made of, by task (``babilong_test_100_idxs.json``).
-
-    Raises:
-        TextError: no such file, or not such a list.
-    """
-    text = "".join(iter_text(path))
-    try:
-        return {task: tuple(map(int, rows)) for task, rows in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
-        raise TextError(f"{path} is no list of stories by task, as babilong_test_100_idxs.json is") from None
 
 
 def babilong_context(story: Story, haystack: Haystack, tokenizer: Any, length: int, rng: Random, task: str) -> Context:

@@ -84,6 +84,26 @@ class BookHaystack:
         ids = np.concatenate(parts)[:length]
         return Stretch(ids, self.cuts(ids), " + ".join(dict.fromkeys(names)))
 
+    def disjoint(self, length: int, count: int, rng: Random) -> list[Stretch]:
+        """``count`` stretches of one document each that have no token in common.
+
+        Raises:
+            SampleError: there is less text.
+        """
+        places = []
+        for index, document in enumerate(self.documents):
+            if len(document.text) >= length:  # a token has a character at least
+                starts = range(0, len(self.ids(index)) - length + 1, length)
+                places += [(index, start) for start in starts]
+        if len(places) < count:
+            raise SampleError(
+                f"the haystack has {len(places)} separate stretches of {length:,} tokens and {count} are needed: "
+                "give it more text, or ask for fewer or shorter ones"
+            )
+        chosen = rng.sample(places, count)
+        stretches = ((self.ids(i)[start : start + length], self.documents[i].name) for i, start in chosen)
+        return [Stretch(ids, self.cuts(ids), name) for ids, name in stretches]
+
     def cuts(self, ids: np.ndarray) -> np.ndarray:
         """Where a sentence ends, before the next one or the paragraph's end; and both ends of the whole."""
         inside = np.flatnonzero(self.ends[ids[:-1]] & self.starts[ids[1:]]) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,7 +37,6 @@ class Context:
     ids: np.ndarray  # [N] int32
     questions: tuple[Question, ...]
     source: str = ""  # where its text comes from
-    notes: Mapping[str, object] = field(default_factory=dict)
 
 
 class SampleError(ValueError):

@@ -4,6 +4,7 @@ arXiv:2312.04927), here in sentences. Reported as recall, and as bits recalled p
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ from senri.data.words import words_of
 from senri.evaluation.readers import SenriReader
 from senri.evaluation.recall import Record, share_series
 from senri.evaluation.report import Curves, Section, Series, Table
-from senri.evaluation.runner import MEMORY, MEMORY_OFF
+from senri.evaluation.runner import MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, STRANGER
 from senri.evaluation.statistics import Share, separate, share
 from senri.evaluation.suites import Bench, Sources
 from senri.hf.cache import SenriCache
 from senri.memory.state import named_tensors
 
+ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY)
 FACT = " The word of {key} is {value}."
 ASK = " The word of {key} is"
 CHOICES = 256  # different values: a right answer is worth 8 bits
@@ -62,9 +64,13 @@ class CapacitySuite:
                     bench.log.add({"key": key, "pairs": pairs, **self._measure(bench, pairs, sample)})
                     bench.progress(f"{self.name}: {pairs} pairs, sample {sample + 1} of {self.samples}")
 
-    def _measure(self, bench: Bench, pairs: int, sample: int) -> dict[str, Any]:
-        reader = bench.reader
-        assert isinstance(reader, SenriReader)
+    def check(self) -> None:
+        """See :class:`senri.evaluation.suites.Suite`."""
+        for pairs in self.pairs:
+            self._told(pairs, 0, 1)
+
+    def _told(self, pairs: int, sample: int, window: int) -> tuple[np.ndarray, list[str], list[int], int]:
+        """Token ids to read, the names, the index of each one's word, and the tokens of the pairs alone."""
         rng = Random(f"{self.sources.seed}/capacity/{pairs}/{sample}")
         values = single_token_words(self.sources.tokenizer)
         keys = list(dict.fromkeys(KINDS["person"](rng) for _ in range(6 * pairs)))[:pairs]
@@ -74,49 +80,76 @@ class CapacitySuite:
         text = "".join(FACT.format(key=k, value=values[v][0]) for k, v in zip(keys, told, strict=True))
         facts = np.array(encode(self.sources.tokenizer, text), dtype=np.int32)
         # a window of other text: every pair is in the memory and none in sight
-        ids = np.concatenate([facts, self.sources.books.stretch(reader.window or 0, rng).ids])
-        asked = sorted(rng.sample(range(pairs), min(self.questions, pairs)))
+        return np.concatenate([facts, self.sources.books.stretch(window, rng).ids]), keys, told, len(facts)
+
+    def _measure(self, bench: Bench, pairs: int, sample: int) -> dict[str, Any]:
+        reader = bench.reader
+        assert isinstance(reader, SenriReader)
+        ids, keys, told, size = self._told(pairs, sample, reader.window or 1)
+        other_ids = self._told(pairs, STRANGER, reader.window or 1)[0]
+        asked = sorted(Random(sample).sample(range(pairs), min(self.questions, pairs)))
         prompts = [encode(self.sources.tokenizer, ASK.format(key=keys[i])) for i in asked]
-        found = {}
-        for arm in (MEMORY, MEMORY_OFF):
-            state = reader.read(ids, len(ids), memory=arm == MEMORY)
-            said = choose(reader, state, prompts, [token for _, token in values])
-            found[arm] = sum(answer == told[i] for answer, i in zip(said, asked, strict=True))
-        return {"n": len(asked), "tokens": len(facts), "arms": found, "floats": memory_floats(reader)}
+        other = reader.memory_of(reader.read(other_ids, len(other_ids)))
+        without = reader.read(ids, len(ids), memory=False)
+        states = {
+            MEMORY: reader.read(ids, len(ids)),
+            MEMORY_OFF: without,
+            OTHER_MEMORY: reader.with_memory_of(without, other),
+            QUESTION_ONLY: reader.blank(),
+        }
+        candidates = [token for _, token in single_token_words(self.sources.tokenizer)]
+        said = {arm: choose(reader, state, prompts, candidates) for arm, state in states.items()}
+        right = [told[i] for i in asked]
+        return {
+            "prompt_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+            "n": len(asked),
+            "tokens": size,
+            "expected": right,
+            "said": said,
+            "arms": {arm: sum(a == b for a, b in zip(answers, right, strict=True)) for arm, answers in said.items()},
+            "floats": memory_floats(reader),
+        }
 
     def section(self, records: Sequence[Record], window: int | None) -> Section:
         """See :class:`senri.evaluation.suites.Suite`."""
         floats = records[0]["floats"]
         rows = []
-        shares: dict[str, list[tuple[int, Share]]] = {MEMORY: [], MEMORY_OFF: []}
+        shares: dict[str, list[tuple[int, Share]]] = {arm: [] for arm in ARMS}
         for pairs in sorted({r["pairs"] for r in records}):
             mine = [r for r in records if r["pairs"] == pairs]
             n = sum(r["n"] for r in mine)
-            on, off = (share(sum(r["arms"][arm] for r in mine), n) for arm in (MEMORY, MEMORY_OFF))
-            shares[MEMORY].append((pairs, on))
-            shares[MEMORY_OFF].append((pairs, off))
+            found = {arm: share(sum(r["arms"][arm] for r in mine), n) for arm in ARMS}
+            for arm in ARMS:
+                shares[arm].append((pairs, found[arm]))
+            on = found[MEMORY]
             bits = [pairs * recalled_bits(p, CHOICES) for p in (on.value, on.low, on.high)]
+            # one that knows which words were told, and not whose, is right once in as many
+            beats = all(separate(on, found[arm]) > 0 for arm in ARMS[1:]) and on.low > 1 / min(pairs, CHOICES)
             rows.append(
                 (
                     pairs,
                     n,
-                    *(f"{s.value:.0%} [{s.low:.0%}, {s.high:.0%}]" for s in (on, off)),
+                    len(mine),
+                    *(f"{s.value:.0%} [{s.low:.0%}, {s.high:.0%}]" for s in found.values()),
                     bits[0],
                     f"{bits[0] / floats:.5f} [{bits[1] / floats:.5f}, {bits[2] / floats:.5f}]" if floats else None,
-                    "recalls" if separate(on, off) > 0 else "nothing shown",
+                    "recalls" if beats else "nothing shown",
                 )
             )
-        columns = ("pairs", "asked", "memory", "memory off", "bits recalled", "bits per state number", "verdict")
+        columns = ("pairs", "asked", "texts", *ARMS, "bits recalled", "bits per state number", "verdict")
         table = Table("Capacity", columns, tuple(rows), {"bits recalled": ",.0f"})
+        chance = Series(
+            "knows the words, not whose",
+            tuple(float(p) for p, _ in shares[MEMORY]),
+            tuple(1 / min(p, CHOICES) for p, _ in shares[MEMORY]),
+            dashed=True,
+        )
         figure = Curves(
             "capacity",
             f"Recall against pairs told ({floats:,} numbers in the memory)",
             "pairs told",
             "right values",
-            (
-                *(share_series(arm, points) for arm, points in shares.items()),
-                Series("chance", tuple(float(p) for p, _ in shares[MEMORY]), (1 / CHOICES,) * len(rows), dashed=True),
-            ),
+            (*(share_series(arm, points) for arm, points in shares.items()), chance),
             log_x=True,
             y_range=(0.0, 1.0),
         )

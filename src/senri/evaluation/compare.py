@@ -11,8 +11,8 @@ from scipy import stats
 
 from senri.evaluation.recall import Cell, Record, group, share_series, tokens
 from senri.evaluation.report import Curves, Report, Section, Table, Value
-from senri.evaluation.run import RECORDS, load_identity, versions
-from senri.evaluation.runner import MEMORY, Log
+from senri.evaluation.run import RECORDS, differences, load_identity, versions
+from senri.evaluation.runner import MEMORY, read_records
 from senri.evaluation.statistics import mean, separate
 
 NAMES = ("A", "B")
@@ -34,6 +34,11 @@ def compare(a: Path, b: Path) -> Report:
     for name, identity in zip(NAMES, identities, strict=True):
         facts |= {f"{name}: {key}": identity.get(key) for key in ("model", "adapter", "base_fingerprint")}
     text = f"{len(common):,} of A's {len(records[0]):,} and B's {len(records[1]):,} records have the same name."
+    if differing := sorted(differences(identities[0], identities[1])):
+        text += f"\nThe runs differ in: {', '.join(differing)}."
+    compared = {s.title for s in sections}
+    if left_out := {k.split("/")[0] for run in records for k in run} - compared:
+        text += f"\nNot compared (see the runs' own reports): {', '.join(sorted(left_out))}."
     config = dict(zip(NAMES, identities, strict=True))
     return Report(
         f"A: {a.name}, B: {b.name}",
@@ -46,9 +51,7 @@ def compare(a: Path, b: Path) -> Report:
 def _records(folder: Path) -> dict[str, Record]:
     if not (folder / RECORDS).is_file():
         raise ValueError(f"{folder} holds no records: its evaluation was not begun")
-    log = Log(folder / RECORDS)
-    log.close()
-    return dict(log.records)
+    return dict(read_records(folder / RECORDS))
 
 
 def _recall_sections(a: Mapping[str, Record], b: Mapping[str, Record]) -> list[Section]:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from senri.data.haystack import Stretch
 from senri.evaluation.readers import FullAttentionReader, SenriReader, without_memory
 from senri.evaluation.recall import Record, tokens
 from senri.evaluation.report import Curves, Section, Series, Table
@@ -102,14 +103,23 @@ class PerplexitySuite:
 
     def run(self, bench: Bench) -> None:
         """See :class:`senri.evaluation.suites.Suite`."""
-        for sample in range(self.samples):
+        for sample, stretch in enumerate(self._texts()):
             key = f"{self.name}/{sample}"
-            if key in bench.log.records:
-                continue
-            stretch = self.sources.books.stretch(self.length, Random(f"{self.sources.seed}/perplexity/{sample}"))
-            text = {"source": stretch.source, "text_sha256": hashlib.sha256(stretch.ids.tobytes()).hexdigest()}
-            bench.log.add({"key": key, **text, **self._measure(bench, stretch.ids)})
-            bench.progress(f"{self.name}: text {sample + 1} of {self.samples}, {stretch.source}")
+            digest = hashlib.sha256(stretch.ids.tobytes()).hexdigest()
+            if (known := bench.log.records.get(key)) is None:
+                text = {"source": stretch.source, "text_sha256": digest}
+                bench.log.add({"key": key, **text, **self._measure(bench, stretch.ids)})
+                bench.progress(f"{self.name}: text {sample + 1} of {self.samples}, {stretch.source}")
+            elif known["text_sha256"] != digest:
+                raise ValueError(f"{bench.log.path} holds another text as {key}: name another folder with -o")
+
+    def check(self) -> None:
+        """See :class:`senri.evaluation.suites.Suite`."""
+        self._texts()
+
+    def _texts(self) -> list[Stretch]:
+        """Without a token in common: only so are they as many as they are."""
+        return self.sources.books.disjoint(self.length, self.samples, Random(f"{self.sources.seed}/perplexity"))
 
     def _measure(self, bench: Bench, ids: np.ndarray) -> dict[str, Any]:
         reader = bench.reader

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from senri.data.samples import Question
 from senri.evaluation.scoring import cut, decided
@@ -253,9 +253,13 @@ def generate(model: Any, tokenizer: Any, ids: Tensor, cache: Any, question: Ques
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        do_sample=False,
-        max_new_tokens=question.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        # nothing of the model's own settings: a repetition penalty would punish what stands in the context
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=question.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=model.generation_config.eos_token_id,
+        ),
         stopping_criteria=StoppingCriteriaList([_Decided(tokenizer, ids.shape[1], question)]),
     )
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)

@@ -37,14 +37,26 @@ class Cell:
         return sum(scores) / len(scores) if scores else None
 
     @property
-    def exact(self) -> Share:
-        """Share of answers that are the expected one and nothing else."""
-        return share(sum(r["arms"][MEMORY]["exact"] for r in self.records), self.n)
+    def texts(self) -> int:
+        """Different readings that the samples come from: answers from one text are not independent."""
+        return len({r["key"].rsplit("/", 1)[0] for r in self.records})
 
     @property
-    def in_window(self) -> float:
-        """Share of the samples whose evidence is still in the window."""
-        return sum(r["in_window"] for r in self.records) / self.n
+    def exact(self) -> Share | None:
+        """Share of answers that are the expected one and nothing else, None where that is not known."""
+        known = [r["arms"][MEMORY]["exact"] for r in self.records if r["arms"][MEMORY]["exact"] is not None]
+        return share(sum(known), len(known)) if known else None
+
+    @property
+    def in_window(self) -> float | None:
+        """Share of the samples whose evidence is all in the window, None for tasks without evidence."""
+        known = [r["in_window"] for r in self.records if r["in_window"] is not None]
+        return sum(known) / len(known) if known else None
+
+    @property
+    def partial(self) -> bool:
+        """Whether some answers were right in part."""
+        return any(arm["score"] not in (0.0, 1.0) for r in self.records for arm in r["arms"].values())
 
     @property
     def verdict(self) -> str:
@@ -117,9 +129,15 @@ def warnings(place: str, cell: Cell) -> list[str]:
             "the fact was put elsewhere"
         )
     off, guess = cell.share(MEMORY_OFF), cell.share(QUESTION_ONLY)
-    if off is not None and off.low > cell.in_window and (guess is None or separate(off, guess) > 0):
+    in_window = cell.in_window
+    if (
+        off is not None
+        and in_window is not None
+        and off.low > in_window
+        and (guess is None or separate(off, guess) > 0)
+    ):
         found.append(
-            f"LEAK: {place}: without memory {off.value:.0%} are answered, but only {cell.in_window:.0%} of the facts "
+            f"LEAK: {place}: without memory {off.value:.0%} are answered, but only {in_window:.0%} of the facts "
             "are in the window"
         )
     if guess is not None and separate(guess, share(0, guess.n)) > 0:
@@ -129,12 +147,15 @@ def warnings(place: str, cell: Cell) -> list[str]:
 
 def _table(task: str, cells: Mapping[str, Cell], axis: str, window: int | None) -> Table:
     arms = [arm for arm in ARMS if any(cell.share(arm) for cell in cells.values())]
-    columns = [axis, "samples", "facts in window", *arms, "memory, exact", "memory, mean score", "verdict"]
+    partial = any(cell.partial for cell in cells.values())
+    scores = [f"{arm}, mean score" for arm in arms] if partial else []
+    columns = [axis, "samples", "texts", "facts in window", *arms, "memory, exact", *scores, "verdict"]
     rows = []
     for label, cell in cells.items():
         shares = [_shown(cell.share(arm)) for arm in arms]
-        rows.append((label, cell.n, cell.in_window, *shares, _shown(cell.exact), cell.score(MEMORY), cell.verdict))
-    formats = {"facts in window": ".0%", "memory, mean score": ".1%"}
+        means = [cell.score(arm) for arm in arms] if partial else []
+        rows.append((label, cell.n, cell.texts, cell.in_window, *shares, _shown(cell.exact), *means, cell.verdict))
+    formats = {"facts in window": ".0%", **dict.fromkeys(scores, ".1%")}
     note = (
         f"Exact attention alone (W = {window:,}) reaches the facts in the window: W / length of facts spread evenly."
         if window
@@ -177,7 +198,9 @@ def _curves(task: str, cells: Mapping[tuple[Any, ...], Cell], window: int | None
     if window is not None:
         xs = tuple(float(n) for n in by_length)
         series.append(Series("W / length", xs, tuple(min(1.0, window / x) for x in xs), dashed=True))
-        series.append(Series("facts in window", xs, tuple(c.in_window for c in by_length.values()), dashed=True))
+        known = {n: c.in_window for n, c in by_length.items() if c.in_window is not None}
+        if known:
+            series.append(Series("facts in window", tuple(map(float, known)), tuple(known.values()), dashed=True))
     return Curves(
         f"{task}_by_length",
         f"{task}: answers found, all depths",

@@ -68,6 +68,9 @@ class ReversalSuite:
             ids = readings.context(number)
             _add(bench, READ, number, pair, ids, partial(readings.arms, number, ids))
 
+    def check(self) -> None:
+        """See :class:`senri.evaluation.suites.Suite`: its facts were made with the suite."""
+
     def section(self, records: Sequence[Record], window: int | None) -> Section:
         """See :class:`senri.evaluation.suites.Suite`."""
         known, read = _by_arm(records, KNOWN), _by_arm(records, READ)

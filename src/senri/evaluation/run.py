@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from senri import __version__
 from senri.evaluation.report import Report, Section, Value
 from senri.evaluation.runner import Log
@@ -18,7 +20,7 @@ from senri.evaluation.suites import Bench, Suite
 from senri.evaluation.write import write_report
 from senri.hf.memory_file import write_atomically
 
-IDENTITY, RECORDS = "run.json", "records.jsonl"
+IDENTITY, RECORDS, STARTS = "run.json", "records.jsonl", "starts.jsonl"
 Identity = dict[str, Any]  # all that decides the results, as JSON values
 
 
@@ -36,7 +38,7 @@ def open_run(folder: Path, identity: Identity) -> Log:
     """
     known = folder / IDENTITY
     if known.is_file():
-        differing = sorted(_differences(load_identity(folder), json.loads(json.dumps(identity))))
+        differing = sorted(differences(load_identity(folder), json.loads(json.dumps(identity))))
         if differing:
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(differing)}): name another folder with -o"
@@ -48,6 +50,8 @@ def open_run(folder: Path, identity: Identity) -> Log:
     except OSError as error:
         raise ValueError(f"{folder} cannot be made ({error.strerror}): name another folder with -o") from None
     write_atomically(known, json.dumps(identity, indent=1).encode())
+    with open(folder / STARTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(versions()) + "\n")
     return Log(folder / RECORDS)
 
 
@@ -62,16 +66,17 @@ def load_identity(folder: Path) -> Identity:
     except FileNotFoundError:
         raise ValueError(f"{folder} is no folder of an evaluation: it has no {IDENTITY}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / IDENTITY} cannot be read ({error}): remove the folder") from None
+        raise ValueError(f"{folder / IDENTITY} cannot be read ({error}): name another folder") from None
     if not isinstance(identity, dict):
         raise ValueError(f"{folder / IDENTITY} is not what an evaluation writes: remove the folder")
     return identity
 
 
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """The dotted names of the values in which two identities differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = old.keys() | new.keys()
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
     return [] if old == new else [name]
 
 
@@ -104,12 +109,28 @@ def build_report(
         if records:
             sections.append(suite.section(records, window))
     shown = {name: value for name, value in identity.items() if value is None or isinstance(value, str | int | float)}
+    lines = (log.path.parent / STARTS).read_text(encoding="utf-8").splitlines()
+    starts = list(dict.fromkeys(lines))
+    if len(starts) > 1:
+        changed = sorted({n for a in map(json.loads, starts) for n, v in a.items() if v != json.loads(starts[-1])[n]})
+        flag = f"MIXED: the run was continued under another {', '.join(changed)}: {len(starts)} different starts"
+        sections.insert(0, Section("How it was run", flags=(flag,), text="See starts.jsonl."))
     return Report(
         f"Evaluation of {identity['model']}",
-        {**shown, **(facts or {}), **versions()},
+        {**shown, **seconds(log), **(facts or {}), **json.loads(starts[-1])},
         tuple(sections),
         json.loads(json.dumps(identity)),
     )
+
+
+def seconds(log: Log) -> dict[str, Value]:
+    """Time that each task's readings and answers took, in seconds (full attention and question-only aside)."""
+    spent: dict[str, Value] = {}
+    for record in log.records.values():
+        if "read_seconds" in record:
+            name = f"seconds, {record['task']}"
+            spent[name] = round(float(spent.get(name) or 0) + record["read_seconds"] + record["answer_seconds"], 1)
+    return spent
 
 
 def versions() -> dict[str, Value]:
@@ -120,7 +141,7 @@ def versions() -> dict[str, Value]:
         "git revision": git_revision(),
         **packages,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "machine": f"{platform.machine()}, {platform.system()}, {torch.get_num_threads()} threads",
     }
 
 

@@ -22,6 +22,7 @@ MEMORY_OFF = "memory off"  # the same window, the memory empty at all times
 OTHER_MEMORY = "other memory"  # the window read without memory, then the memory of another sample of the same task
 QUESTION_ONLY = "question only"  # nothing read: what can be guessed
 FULL_ATTENTION = "full attention"  # the base model with everything in sight, where it fits
+STRANGER = -1
 ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, FULL_ATTENTION)
 
 
@@ -29,7 +30,7 @@ ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, FULL_ATTENTION)
 class RecallTask:
     """A named maker of contexts. ``make(i)`` gives sample ``i``: every cell of the task once, always the same way.
 
-    Sample number ``samples`` is one more: its memory is the "other" one.
+    Sample number :data:`STRANGER` is one more: its memory is the "other" one.
     """
 
     name: str
@@ -48,16 +49,11 @@ class Log:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         if path.exists():
+            self.records = read_records(path)
             whole = path.read_bytes()
-            end = whole.rfind(b"\n") + 1
-            for number, line in enumerate(whole[:end].splitlines(), start=1):
-                try:
-                    record = json.loads(line)
-                    self.records[record["key"]] = record
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    raise ValueError(f"{path}: line {number} is no record of an evaluation: remove the file") from None
-            if end < len(whole):
-                path.write_bytes(whole[:end])
+            if not whole.endswith(b"\n") and whole:
+                with open(path, "r+b") as file:
+                    file.truncate(whole.rfind(b"\n") + 1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept open for the run)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -69,6 +65,23 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """The whole records of a log, by key.
+
+    Raises:
+        ValueError: the file is no log, naming the line; a last line cut short is left out.
+    """
+    records = {}
+    whole = path.read_bytes()
+    for number, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{path}: line {number} is no record of an evaluation: remove the file") from None
+    return records
 
 
 def run_task(
@@ -118,7 +131,8 @@ class _Runner:
                 yield {"key": key, "prompt_sha256": digest, **self._ask(number, index, context, question)}
             elif known["prompt_sha256"] != digest:
                 raise ValueError(
-                    f"{self.log.path} holds another sample as {key}: it is of another run, name another folder"
+                    f"{self.log.path} holds another sample as {key}: it was made by other code or data, name another "
+                    "folder with -o"
                 )
             else:
                 yield None
@@ -162,7 +176,7 @@ class _Runner:
         if self._strangers is None:
             self._strangers = {
                 (n, i): self.reader.memory_of(self.reader.read(context.ids, question.at))
-                for n, context in enumerate(self.task.make(self.task.samples))
+                for n, context in enumerate(self.task.make(STRANGER))
                 for i, question in enumerate(context.questions)
             }
         return self._strangers[number, index]
@@ -176,22 +190,25 @@ def sample_digest(context: Context, question: Question) -> str:
     return digest.hexdigest()
 
 
-def window_facts(context: Context, question: Question, window: int | None, tokenizer: Any) -> dict[str, bool]:
+def window_facts(context: Context, question: Question, window: int | None, tokenizer: Any) -> dict[str, bool | None]:
     """What the window alone gives away when the answer begins.
 
     Returns:
-        ``in_window``: the evidence, or a part of it, is still in the window (by the sample's own account);
-        ``leak``: an answer stands in the window's text, or in the question, though the evidence is outside.
+        ``in_window``: all of the evidence is still in the window, by the sample's own account; None without evidence
+        (words to be counted, say, are everywhere);
+        ``leak``: an answer stands in the question, or in the window's text though no evidence does. Labels and common
+        words stand there by chance, so only answers that are all asked for (metric ``all``) are looked for.
     """
     length = question.at + len(question.prompt)
     begins = 0 if window is None else max(length - window, 0)
-    inside = any(end > begins for _, end in question.evidence)
-    visible = [*context.ids[: question.at].tolist(), *question.prompt][begins:]
-    text, asked = tokenizer.decode(visible).lower(), tokenizer.decode(question.prompt).lower()
     answers = [answer.lower() for answer in question.answers]
-    leak = any(a in asked for a in answers) or (
-        bool(question.evidence) and not inside and any(a in text for a in answers)
-    )
+    leak = False
+    if question.metric == "all" and question.evidence:
+        visible = [*context.ids[: question.at].tolist(), *question.prompt][begins:]
+        outside = all(end <= begins for _, end in question.evidence)
+        places = [question.prompt, visible] if outside else [question.prompt]
+        leak = any(answer in tokenizer.decode(ids).lower() for ids in places for answer in answers)
+    inside = all(start >= begins for start, _ in question.evidence) if question.evidence else None
     return {"in_window": inside, "leak": leak}
 
 

@@ -15,9 +15,14 @@ def score(text: str, question: Question) -> float:
     return float(any(found)) if question.metric == "part" else sum(found) / len(found)
 
 
-def exact(text: str, question: Question) -> bool:
-    """Whether the text is the answer and nothing else, quotes and the full stop aside; False for several answers."""
-    return len(question.answers) == 1 and text.strip().strip("\"'. ") == question.answers[0]
+def exact(text: str, question: Question) -> bool | None:
+    """Whether the text is the answer and nothing else, quotes and the full stop aside.
+
+    None where that is not known: several answers, or no end of an answer (it is cut once it holds what was asked for).
+    """
+    if len(question.answers) != 1 or question.stop is None:
+        return None
+    return text.strip().strip("\"'. ") == question.answers[0]
 
 
 def cut(text: str, stop: str | None) -> str:

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any, Protocol
 
 from senri.data.babilong import babilong_context, load_babi
-from senri.data.haystack import Haystack
+from senri.data.haystack import BookHaystack
 from senri.data.needle_tasks import NIAH, RULER_NIAH
 from senri.data.needles import distance_context, needle_contexts, shared_context
 from senri.data.ruler import common_words, frequent_words, load_squad, question_answering, variable_tracking
@@ -45,6 +45,10 @@ class Suite(Protocol):
         """Add the records that the log does not hold yet."""
         ...
 
+    def check(self) -> None:
+        """Complain at once of what would stop the run later: too little text, lengths too short."""
+        ...
+
     def section(self, records: Sequence[Record], window: int | None) -> Section:
         """What its records show."""
         ...
@@ -65,6 +69,11 @@ class RecallSuite:
         for task in self.tasks:
             run_task(task, bench.reader, bench.full, bench.log, tokenizer=bench.tokenizer, progress=bench.progress)
 
+    def check(self) -> None:
+        """See :class:`Suite`."""
+        for task in self.tasks:
+            task.make(0)
+
     def section(self, records: Sequence[Record], window: int | None) -> Section:
         """See :class:`Suite`."""
         return self.draw(self.title, records, window, self.text)
@@ -74,7 +83,7 @@ class RecallSuite:
 class Sources:
     """Where samples come from: the haystack of real text, the tokenizer, the seed of everything random."""
 
-    books: Haystack
+    books: BookHaystack
     tokenizer: Any
     seed: int
 
