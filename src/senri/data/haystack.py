@@ -92,7 +92,7 @@ class BookHaystack:
         """
         places = []
         for index, document in enumerate(self.documents):
-            if len(document.text) >= length:  # a token has a character at least
+            if len(document.text.encode()) >= length:  # a token has a byte at least
                 starts = range(0, len(self.ids(index)) - length + 1, length)
                 places += [(index, start) for start in starts]
         if len(places) < count:

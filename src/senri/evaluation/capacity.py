@@ -31,6 +31,7 @@ from senri.memory.state import named_tensors
 ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY)
 FACT = " The word of {key} is {value}."
 ASK = " The word of {key} is"
+Told = tuple[np.ndarray, list[str], list[int], int]  # ids to read, names, index of each one's word, tokens of the pairs
 CHOICES = 256  # different values: a right answer is worth 8 bits
 ROWS = 16  # questions asked at once
 
@@ -60,8 +61,14 @@ class CapacitySuite:
         for pairs in self.pairs:
             for sample in range(self.samples):
                 key = f"{self.name}/{pairs}/{sample}"
-                if key not in bench.log.records:
-                    bench.log.add({"key": key, "pairs": pairs, **self._measure(bench, pairs, sample)})
+                told = self._told(pairs, sample, bench.reader.window or 1)
+                digest = hashlib.sha256(told[0].tobytes()).hexdigest()
+                if (known := bench.log.records.get(key)) is not None:
+                    if known["prompt_sha256"] != digest:
+                        raise ValueError(f"{bench.log.path} holds another text as {key}: name another folder with -o")
+                else:
+                    record = {"key": key, "pairs": pairs, "prompt_sha256": digest}
+                    bench.log.add({**record, **self._measure(bench, pairs, sample, told)})
                     bench.progress(f"{self.name}: {pairs} pairs, sample {sample + 1} of {self.samples}")
 
     def check(self) -> None:
@@ -69,8 +76,7 @@ class CapacitySuite:
         for pairs in self.pairs:
             self._told(pairs, 0, 1)
 
-    def _told(self, pairs: int, sample: int, window: int) -> tuple[np.ndarray, list[str], list[int], int]:
-        """Token ids to read, the names, the index of each one's word, and the tokens of the pairs alone."""
+    def _told(self, pairs: int, sample: int, window: int) -> Told:
         rng = Random(f"{self.sources.seed}/capacity/{pairs}/{sample}")
         values = single_token_words(self.sources.tokenizer)
         keys = list(dict.fromkeys(KINDS["person"](rng) for _ in range(6 * pairs)))[:pairs]
@@ -82,12 +88,13 @@ class CapacitySuite:
         # a window of other text: every pair is in the memory and none in sight
         return np.concatenate([facts, self.sources.books.stretch(window, rng).ids]), keys, told, len(facts)
 
-    def _measure(self, bench: Bench, pairs: int, sample: int) -> dict[str, Any]:
+    def _measure(self, bench: Bench, pairs: int, sample: int, made: Told) -> dict[str, Any]:
         reader = bench.reader
         assert isinstance(reader, SenriReader)
-        ids, keys, told, size = self._told(pairs, sample, reader.window or 1)
+        ids, keys, told, size = made
         other_ids = self._told(pairs, STRANGER, reader.window or 1)[0]
-        asked = sorted(Random(sample).sample(range(pairs), min(self.questions, pairs)))
+        rng = Random(f"{self.sources.seed}/capacity/asked/{pairs}/{sample}")
+        asked = sorted(rng.sample(range(pairs), min(self.questions, pairs)))
         prompts = [encode(self.sources.tokenizer, ASK.format(key=keys[i])) for i in asked]
         other = reader.memory_of(reader.read(other_ids, len(other_ids)))
         without = reader.read(ids, len(ids), memory=False)
@@ -101,7 +108,6 @@ class CapacitySuite:
         said = {arm: choose(reader, state, prompts, candidates) for arm, state in states.items()}
         right = [told[i] for i in asked]
         return {
-            "prompt_sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
             "n": len(asked),
             "tokens": size,
             "expected": right,
