@@ -149,9 +149,17 @@ class PerplexitySuite:
         figure = Curves(
             "perplexity_by_position",
             f"Perplexity by position ({len(records)} texts" + (f", window {window:,})" if window else ")"),
-            "tokens before",
+            "tokens before, up to",
             "perplexity",
             tuple(_series(records, arm, edges) for arm in arms),
+            log_x=True,
+        )
+        paired = Curves(
+            "perplexity_difference",
+            f"Difference from memory off, paired by text ({len(records)} texts)",
+            "tokens before, up to",
+            "nats a token (below 0: better)",
+            tuple(_paired_series(records, arm, edges) for arm in arms if arm != MEMORY_OFF),
             log_x=True,
         )
         flags = [
@@ -163,7 +171,7 @@ class PerplexitySuite:
             f"{len(records)} stretches of {self.length:,} tokens of held-out text. Intervals (95 %) are over texts; "
             "the difference is paired, so it shows what the memory does, not how hard the texts are."
         )
-        return Section("Perplexity", text, tuple(flags), tables, (figure,))
+        return Section("Perplexity", text, tuple(flags), tables, (figure, paired))
 
 
 def position_edges(length: int) -> list[int]:
@@ -234,16 +242,21 @@ def _overall_table(whole: dict[str, list[float]], records: Sequence[Record], arm
 
 
 def _series(records: Sequence[Record], arm: str, edges: Sequence[int]) -> Series:
-    points = []
-    for bucket, (low, high) in enumerate(pairwise(edges)):
-        if _measured(records[0], arm, bucket):
-            found = mean([_mean_nll(r, arm, [bucket]) for r in records])
-            points.append((math.sqrt(max(low, 64) * high), *map(math.exp, (found.value, found.low, found.high))))
+    """Perplexity; without intervals, for what differs between texts would hide what differs between arms."""
+    known = [b for b in range(len(edges) - 1) if _measured(records[0], arm, b)]
+    nll = [mean([_mean_nll(r, arm, [b]) for r in records]).value for b in known]
+    return Series(arm, tuple(float(edges[b + 1]) for b in known), tuple(map(math.exp, nll)))
+
+
+def _paired_series(records: Sequence[Record], arm: str, edges: Sequence[int]) -> Series:
+    """Difference from memory off in nats, text by text, with its interval."""
+    known = [b for b in range(len(edges) - 1) if _measured(records[0], arm, b)]
+    found = [mean([_mean_nll(r, arm, [b]) - _mean_nll(r, MEMORY_OFF, [b]) for r in records]) for b in known]
     bounded = len(records) > 1
     return Series(
         arm,
-        tuple(p[0] for p in points),
-        tuple(p[1] for p in points),
-        tuple(p[2] for p in points) if bounded else (),
-        tuple(p[3] for p in points) if bounded else (),
+        tuple(float(edges[b + 1]) for b in known),
+        tuple(m.value for m in found),
+        tuple(m.low for m in found) if bounded else (),
+        tuple(m.high for m in found) if bounded else (),
     )
