@@ -260,7 +260,7 @@ def test_what_is_answered_was_told_beyond_the_window(make, real_tokenizer, part)
         # nothing but facts is in the text: without them it is the book's
         facts = [span for span in runs(sample.write != 0) if span[0] < at]
         assert in_books(without(sample, [*facts, (at, LENGTH)]), mix)
-        for value, behind, (start, stop) in told:
+        for _, behind, (start, stop) in told:
             assert stop <= at
             assert re.fullmatch(r"\.| \w+|'s", behind), "one token behind a value is labelled too"
             assert sample.write[start - 1] == -1, "what stands before it in the fact is not labelled"
