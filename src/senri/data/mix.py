@@ -20,7 +20,7 @@ from senri.data.haystack import BookHaystack, Plant, encode, plant
 from senri.data.names import find_cloze
 from senri.data.samples import SampleError
 from senri.data.training_forms import Forms
-from senri.data.training_recall import Recall, Told, chain, needle, overwritten, spans_of
+from senri.data.training_recall import Recall, Told, chain, labelled, needle, overwritten, spans_of
 from senri.data.training_sample import TrainingSample
 
 SHORTEST_COPY, LONGEST_COPY = 64, 512  # tokens of a passage that comes again
@@ -109,8 +109,8 @@ class TrainingMix:
         """Facts at sentence boundaries, the asked ones beyond the window, and the questions behind the text."""
         for small in (False, True):  # what does not fit is tried as small as it can be
             recall = make(rng, small)
-            facts = [self._labelled(told) for told in recall.told]
-            exchanges = self._forms.exchanges(recall.asked, rng)
+            facts = [labelled(self.tokenizer, told) for told in recall.told]
+            exchanges = [(e.prompt, e.answer) for e in self._forms.exchanges(recall.asked, rng)]
             at = self.length - sum(len(part) for exchange in exchanges for part in exchange)
             told = sum(len(ids) for ids, _ in facts)
             limit = at - self.window - told
@@ -131,7 +131,7 @@ class TrainingMix:
         return sample
 
     def _sample(
-        self, text: np.ndarray, exchanges: Sequence[Sequence[list[int]]], task: str, source: str
+        self, text: np.ndarray, exchanges: Sequence[tuple[list[int], list[int]]], task: str, source: str
     ) -> TrainingSample:
         """The text ``[N]`` as plain text, and questions and answers behind it: the answers are scored."""
         tail = [(token, scored) for pair in exchanges for scored, ids in enumerate(pair) for token in ids]
@@ -141,15 +141,6 @@ class TrainingMix:
         write = np.zeros(len(ids), dtype=np.int8)
         write[len(text) :] = -1
         return TrainingSample(ids, weight, write, task, source)
-
-    def _labelled(self, told: Told) -> tuple[tuple[int, ...], np.ndarray]:
-        """A fact's token ids, and for each: 1 for the values and the token right behind each, else -1."""
-        coded = self.tokenizer(told.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        labels = np.full(len(coded["input_ids"]), -1, dtype=np.int8)
-        for start, stop in told.values:
-            inside = [i for i, (a, b) in enumerate(coded["offset_mapping"]) if a < stop and b > start]
-            labels[inside[0] : inside[-1] + 2] = 1
-        return tuple(coded["input_ids"]), labels
 
     def _repeat(self, rng: Random) -> TrainingSample:
         """A passage of the text once more, at another sentence boundary; its first ``SURPRISE`` tokens unscored."""
@@ -210,7 +201,7 @@ class TrainingMix:
         for i, (start, stop) in enumerate(question.evidence):
             text = f" {story.facts[i]}"
             values = spans_of(question.answers, text) if i in story.supporting else ()
-            sample.write[start:stop] = self._labelled(Told(text, values))[1]
+            sample.write[start:stop] = labelled(self.tokenizer, Told(text, values))[1]
         return sample
 
 

@@ -17,6 +17,7 @@ class Exchange(NamedTuple):
 
     prompt: list[int]
     answer: list[int]
+    value_from: int  # the answer's tokens before the value
 
 
 class Forms:
@@ -45,15 +46,19 @@ class Forms:
             prompt = "\n" + prompt
         if form == "begun":
             prompt += begun
-        answer = f"{begun if form == 'free' else ''} {asked.value}\n"
-        return Exchange(encode(self.tokenizer, prompt), encode(self.tokenizer, answer))
+        lead = begun if form == "free" else ""
+        answer = f"{lead} {asked.value}.\n"  # as the fact ends
+        value_from = len(encode(self.tokenizer, lead))
+        return Exchange(encode(self.tokenizer, prompt), encode(self.tokenizer, answer), value_from)
 
     def _chat(self, asked: Sequence[Asked]) -> list[Exchange]:
         exchanges = []
         for place, item in enumerate(asked):
             prompt = (self._next if place else self._first) + item.question + self._end
             answer = encode(self.tokenizer, f"{item.begun} {item.value}.")
-            exchanges.append(Exchange(encode(self.tokenizer, prompt), [*answer, self.tokenizer.eos_token_id]))
+            value_from = len(encode(self.tokenizer, item.begun))
+            answer = [*answer, self.tokenizer.eos_token_id]
+            exchanges.append(Exchange(encode(self.tokenizer, prompt), answer, value_from))
         return exchanges
 
 

@@ -6,7 +6,9 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from senri.data.training_facts import KINDS, TELLINGS, Telling
 
@@ -27,6 +29,7 @@ class Asked(NamedTuple):
     question: str
     begun: str  # the answer up to the value
     value: str
+    fact: int  # number of the fact that answers
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,16 @@ def tell(fact: str, key: str, value: str) -> Told:
     return Told(text, tuple(spans))
 
 
+def labelled(tokenizer: Any, told: Told) -> tuple[tuple[int, ...], np.ndarray]:
+    """A fact's token ids, and for each: 1 for the values and the token right behind each, else -1."""
+    coded = tokenizer(told.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    labels = np.full(len(coded["input_ids"]), -1, dtype=np.int8)
+    for start, stop in told.values:
+        inside = [i for i, (a, b) in enumerate(coded["offset_mapping"]) if a < stop and b > start]
+        labels[inside[0] : inside[-1] + 2] = 1
+    return tuple(coded["input_ids"]), labels
+
+
 def needle(rng: Random, small: bool = False) -> Recall:
     """One, two or four facts, half of the time all of one kind (which distract), and one to three questions.
 
@@ -91,7 +104,7 @@ def needle(rng: Random, small: bool = False) -> Recall:
     return Recall(
         tuple(tell(telling.fact, key, value) for telling, key, value in facts),
         frozenset(asked),
-        tuple(_ask(*facts[i], rng) for i in asked),
+        tuple(_ask(*facts[i], rng, fact=i) for i in asked),
     )
 
 
@@ -107,7 +120,7 @@ def overwritten(rng: Random, small: bool = False) -> Recall:
     return Recall(
         tuple(tell(telling.fact, key, value) for value in values),
         frozenset([len(values) - 1]),
-        (_ask(telling, key, values[-1], rng, last=rng.random() < 0.5),),
+        (_ask(telling, key, values[-1], rng, fact=len(values) - 1, last=rng.random() < 0.5),),
         ordered=True,
     )
 
@@ -128,13 +141,13 @@ def chain(rng: Random, small: bool = False) -> Recall:
     last = ["", ""]
     needed: list[int] = []
     target = sizes[0] - 1 if rng.random() < 0.5 else rng.randint(1, sizes[0] - 1)
-    asked = Asked("", "", "")
+    asked = Asked("", "", "", 0)
     for owner, name in zip(owners, names, strict=True):
         told.append(tell(link.next if last[owner] else link.first, name, last[owner] or values[owner]))
         last[owner] = name
         if owner == 0 and len(needed) <= target:
             needed.append(len(told) - 1)
-            asked = Asked(link.question.format(key=name), link.begun.format(key=name), values[0])
+            asked = Asked(link.question.format(key=name), link.begun.format(key=name), values[0], len(told) - 1)
     return Recall(tuple(told), frozenset(needed), (asked,), ordered=True)
 
 
@@ -176,7 +189,7 @@ def _stem(telling: Telling) -> str:
     return telling.question.removesuffix("?").removesuffix(ABOVE)
 
 
-def _ask(telling: Telling, key: str, value: str, rng: Random, last: bool = False) -> Asked:
+def _ask(telling: Telling, key: str, value: str, rng: Random, *, fact: int, last: bool = False) -> Asked:
     stem, begun = _stem(telling), telling.begun
     plain = stem.startswith(_WHAT)
     if last and plain:
@@ -185,7 +198,7 @@ def _ask(telling: Telling, key: str, value: str, rng: Random, last: bool = False
         stem += " according to what was said last"
     if plain and rng.random() < 0.5:
         stem += ABOVE
-    return Asked(f"{stem}?".format(key=key), begun.format(key=key), value)
+    return Asked(f"{stem}?".format(key=key), begun.format(key=key), value, fact)
 
 
 def spans_of(words: Sequence[str], text: str) -> tuple[tuple[int, int], ...]:

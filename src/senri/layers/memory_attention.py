@@ -250,8 +250,8 @@ class MemoryAttention(nn.Module):
         """
         steps, taps = hidden.shape[1], self.taps
         inputs = torch.cat([state.recent, hidden], dim=1)
-        q = self._project(self.q_proj, "q_conv", inputs[:, -(steps + taps - 1) :], stream.valid)
-        k = self._project(self.k_proj, "k_conv", inputs[:, : steps + taps - 1], stream.valid)
+        q = self.queries(inputs[:, -(steps + taps - 1) :], stream.valid[:, -(steps + taps - 1) :])
+        k = self.keys(inputs[:, : steps + taps - 1], stream.valid[:, : steps + taps - 1])
         leaving = inputs[:, taps - 1 : taps - 1 + steps]
         out, memory = scan(
             self._heads(q),
@@ -269,9 +269,7 @@ class MemoryAttention(nn.Module):
         new_state = MemoryLayerState(memory, inputs[:, steps:])
         if self.readout == "mix":
             return out.to(hidden.dtype), new_state
-        if self.readout == "head":
-            out = self.read_gate(hidden, out) * out
-        return self.o_proj(out.to(hidden.dtype).flatten(2)), new_state
+        return self.read_out(hidden, out), new_state
 
     def read_mask(self, stream: MemoryStream, state: MemoryLayerState, steps: int) -> Tensor:
         """``[B, T]``: whether anything was written when each position reads (``state``: before the call)."""
@@ -281,25 +279,41 @@ class MemoryAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def _project(self, linear: nn.Linear, conv: str, inputs: Tensor, valid: Tensor) -> Tensor:
+    def queries(self, inputs: Tensor, valid: Tensor) -> Tensor:
+        """``[B, T + K - 1, hidden]`` and whether each is a token -> ``[B, T, H * D]``."""
+        return self._project("q", inputs, valid)
+
+    def keys(self, inputs: Tensor, valid: Tensor) -> Tensor:
+        """As :meth:`queries`: the keys of the last T tokens."""
+        return self._project("k", inputs, valid)
+
+    def embedded(self, ids: Tensor, embedding: Tensor) -> Tensor:
+        """Values of the ``head`` read-out: ``ids`` ``[B, T]`` -> ``[B, T, H * D]`` of length 1."""
+        return F.normalize(_full(self.v_proj(F.embedding(ids, embedding))), dim=-1)
+
+    def read_out(self, hidden: Tensor, read: Tensor) -> Tensor:
+        """What the reads ``[B, T, H, D]`` at the inputs ``hidden`` add: ``[B, T, hidden]``."""
+        if self.readout == "head":
+            read = self.read_gate(hidden, read) * read
+        return self.o_proj(read.to(hidden.dtype).flatten(2))
+
+    def _project(self, name: str, inputs: Tensor, valid: Tensor) -> Tensor:
         """Project ``[B, T + K - 1, hidden]`` and convolve to ``[B, T, ...]``, not across padding or a text's start."""
-        x = linear(inputs)
+        x = getattr(self, f"{name}_proj")(inputs)
         if self.taps == 1:
             return x
-        first_is_oldest = conv != "q_conv"
-        part = valid[:, : x.shape[1]] if first_is_oldest else valid[:, -x.shape[1] :]
-        x = x * part[..., None]
-        weight = getattr(self, conv)
+        x = x * valid[..., None]
+        weight = getattr(self, f"{name}_conv")
         steps = x.shape[1] - self.taps + 1
         return sum(x[:, i : i + steps] * weight[:, i] for i in range(self.taps))  # type: ignore[return-value]
 
     def _values(self, inputs: Tensor, stream: MemoryStream, steps: int, embedding: Tensor | None) -> Tensor:
         if self.readout != "head":
-            return self._project(self.v_proj, "v_conv", inputs[:, : steps + self.taps - 1], stream.valid)
+            before = slice(0, steps + self.taps - 1)
+            return self._project("v", inputs[:, before], stream.valid[:, before])
         assert embedding is not None
         assert stream.ids is not None
-        ids = stream.ids[:, self.taps - 1 : self.taps - 1 + steps]
-        return F.normalize(_full(self.v_proj(F.embedding(ids, embedding))), dim=-1)
+        return self.embedded(stream.ids[:, self.taps - 1 : self.taps - 1 + steps], embedding)
 
     def _write_strength(self, inputs: Tensor, stream: MemoryStream, steps: int) -> Tensor | None:
         """Gates ``[B, T, H]`` of the leaving tokens; ``inputs`` ``[B, W + K - 1 + T, hidden]``."""

@@ -1,0 +1,169 @@
+"""What a frozen model makes of pages and questions, computed once.
+
+With the ``head`` read-out the memory's inputs come from the base alone: while only the memory learns they never change.
+So each page is read once, and the memory is then trained on what was kept, over texts that are put together from pages
+at will: a step costs no pass through the base, whatever the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from senri.data.pages import Page, Question, RecallPages
+from senri.hf.modeling_senri import SenriForCausalLM
+
+BATCH = 16  # questions of one pass
+
+
+@dataclass
+class AskedFeatures:
+    """One question: the answer's tokens and what predicts each."""
+
+    page: int
+    fact: str  # see Question
+    target: Tensor  # [A] int64
+    value_from: int  # its tokens before the value
+    final: Tensor  # [A, hidden]: the base's last hidden state that predicts each target
+    hidden: dict[int, Tensor]  # memory layer -> [K - 1 + A, hidden]: its inputs there, and before for the convolution
+
+
+@dataclass
+class Features:
+    """Pages as one row of tokens; a stream's pages follow each other."""
+
+    page_size: int
+    ids: Tensor  # [N] int64
+    write: Tensor  # [N] int8
+    stream: Tensor  # [N] int64
+    final: Tensor  # [N, hidden]
+    surprise: Tensor  # [N] float32, nats; zeros where no write gate asks for it
+    hidden: dict[int, Tensor]  # memory layer -> [N, hidden]
+    facts: list[frozenset[str]]  # of each page
+    asked: list[AskedFeatures]
+
+
+@contextmanager
+def memory_left_out(model: SenriForCausalLM) -> Iterator[dict[int, Tensor]]:
+    """The model as the base with a window; what each memory layer would have read last stands in what is yielded."""
+    inputs: dict[int, Tensor] = {}
+    layers, count = model.config.memory_layers, model.config.num_memory_layers
+
+    def keep(index: int) -> Callable[[Any, Any, Tensor], None]:
+        return lambda _module, _args, out: inputs.__setitem__(index, out)
+
+    hooks = [model.model.layers[i].input_layernorm.register_forward_hook(keep(i)) for i in layers]  # type: ignore[union-attr, operator]
+    model.config.num_memory_layers = 0
+    try:
+        yield inputs
+    finally:
+        model.config.num_memory_layers = count
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def collect(
+    model: SenriForCausalLM,
+    source: RecallPages,
+    streams: Sequence[int],
+    *,
+    batch: int,
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> Features:
+    """Read the streams, ``batch`` at a time as running texts, and ask all their questions.
+
+    Args:
+        show: called with the tokens done and their number.
+    """
+    made = [source.stream(index) for index in streams]
+    flat = [page for pages in made for page in pages]
+    asked = [(number, question) for number, page in enumerate(flat) for question in page.questions]
+    asked.sort(key=lambda item: _length(item[1]))
+    total, done = len(flat) * source.size + sum(_length(q) for _, q in asked), 0
+    layers = model.config.memory_layers
+    finals: list[Tensor] = []
+    hidden: dict[int, list[Tensor]] = {i: [] for i in layers}
+    answers: list[AskedFeatures] = []
+    with memory_left_out(model) as inputs:
+        for start in range(0, len(made), batch):
+            ids = torch.stack([_ids(pages) for pages in made[start : start + batch]]).to(model.device)
+            cache, parts = model.model.new_cache(), []
+            for place in range(0, ids.shape[1], source.size):
+                out = model.model(ids[:, place : place + source.size], past_key_values=cache).last_hidden_state
+                parts.append((out.cpu(), {i: inputs[i].cpu() for i in layers}))
+                done += out.shape[0] * out.shape[1]
+                show(done, total)
+            finals += torch.cat([final for final, _ in parts], 1)
+            for i in layers:
+                hidden[i] += torch.cat([kept[i] for _, kept in parts], 1)
+        for start in range(0, len(asked), BATCH):
+            group = asked[start : start + BATCH]
+            answers += _ask(model, group, inputs)
+            done += sum(_length(q) for _, q in group)
+            show(done, total)
+    ids = torch.cat([_ids(pages) for pages in made])
+    stream = torch.arange(len(made)).repeat_interleave(source.size * source.pages)
+    final = torch.cat(finals)
+    return Features(
+        source.size,
+        ids,
+        torch.cat([torch.from_numpy(page.write) for page in flat]),
+        stream,
+        final,
+        _surprise(model, final, ids, stream),
+        {i: torch.cat(rows) for i, rows in hidden.items()},
+        [page.facts for page in flat],
+        answers,
+    )
+
+
+def _ids(pages: Sequence[Page]) -> Tensor:
+    return torch.cat([torch.from_numpy(page.ids) for page in pages]).long()
+
+
+def _length(question: Question) -> int:
+    return len(question.lead) + len(question.exchange.prompt) + len(question.exchange.answer)
+
+
+def _surprise(model: SenriForCausalLM, final: Tensor, ids: Tensor, stream: Tensor, block: int = 512) -> Tensor:
+    out = torch.zeros(len(ids))
+    if model.config.write_gate == "surprise":
+        for start in range(0, len(ids) - 1, block):
+            target = ids[start + 1 : start + 1 + block]
+            logits = model.lm_head(final[start : start + len(target)].to(model.device)).float().cpu()
+            out[start + 1 : start + 1 + block] = F.cross_entropy(logits, target, reduction="none")
+        out[1:] *= stream[1:] == stream[:-1]
+    return out
+
+
+def _ask(
+    model: SenriForCausalLM, group: Sequence[tuple[int, Question]], inputs: dict[int, Tensor]
+) -> list[AskedFeatures]:
+    """One pass over some questions, padded on the right: causal, so that the padding changes nothing."""
+    before = max(model.config.memory_conv_size, 1) - 1
+    rows = [[*q.lead.tolist(), *q.exchange.prompt, *q.exchange.answer] for _, q in group]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
+    out = model.model(ids, use_cache=False).last_hidden_state
+    made = []
+    for r, (page, q) in enumerate(group):
+        first = len(q.lead) + len(q.exchange.prompt) - 1  # predicts the answer's first token
+        stop = first + len(q.exchange.answer)
+        made.append(
+            AskedFeatures(
+                page,
+                q.fact,
+                torch.tensor(q.exchange.answer),
+                q.exchange.value_from,
+                out[r, first:stop].cpu().clone(),
+                {i: h[r, first - before : stop].cpu().clone() for i, h in inputs.items()},
+            )
+        )
+    return made

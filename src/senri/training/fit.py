@@ -1,0 +1,322 @@
+"""Training on cached features: first the write gate, told what will be asked for; then everything that reads.
+
+The write gate is a classifier of tokens. Learned through the answers alone it would have to be found out by chance that a
+token of a million was worth keeping; here the samples say which tokens hold what is asked for. Once it is fixed, a text
+is the few pairs that it lets through, and texts of any length are put together from pages at the cost of those pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from senri.hf.modeling_senri import SenriForCausalLM
+from senri.layers import MemoryAttention, WriteGate
+from senri.memory import scan
+from senri.training.features import AskedFeatures, Features
+from senri.training.settings import TrainingError
+
+POSITIVES, NEGATIVES, HARD = 512, 4096, 1024  # tokens of one step of the write gate
+SILENT = 64  # tokens of plain text in a text's loss: the memory must not disturb them
+VOCABULARY = 8192  # most frequent tokens, beside all that answers hold, over which the loss is taken
+ANSWERS = 240  # answer tokens of one text at most
+BEGUN_WEIGHT = 0.3  # of an answer's tokens before the value, which the base knows by itself
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Names and meanings as in config/training.yaml."""
+
+    gate_steps: int
+    gate_negative_weight: float  # of a plain token that is written, against an asked one that is not
+    steps: int
+    texts: int  # a step
+    fact_pages: int  # of a text, at most
+    plain_pages: int  # of a text, at most
+    learning_rate: float
+    gate_learning_rate: float
+    weight_decay: float
+    seed: int
+
+
+Show = Callable[[dict[str, float]], None]
+
+
+def fit(model: SenriForCausalLM, features: Features, settings: FitSettings, show: Show = lambda entry: None) -> None:
+    """Train the memories of ``model`` (float32, calibrated) in place.
+
+    Args:
+        show: called now and then with ``stage``, ``step`` and the losses.
+
+    Raises:
+        TrainingError: a model whose memory's inputs depend on the memory, or that has no write gate.
+    """
+    config = model.config
+    if config.memory_readout != "head" or config.write_gate == "none" or not config.num_memory_layers:
+        raise TrainingError(
+            "training on cached features needs memory_readout head and a write gate (hidden or surprise): set them in "
+            "config/model.yaml, or feature_streams: 0 in config/training.yaml"
+        )
+    for index, memory in model.model.memories.items():
+        fit_write_gate(memory, features, index, settings, show)
+    Reading(model, features, settings).train(show)
+
+
+def fit_write_gate(
+    memory: MemoryAttention, features: Features, index: int, settings: FitSettings, show: Show
+) -> None:
+    """Teach one memory's write gate to tell what is asked for from plain text.
+
+    Inputs are standardised while it learns; the weights that are left take them as they are.
+    """
+    hidden = features.hidden[index]
+    follows = _follows(features)
+    asked = ((features.write == 1) & follows).nonzero()[:, 0]
+    plain = ((features.write == 0) & follows).nonzero()[:, 0]
+    if not len(asked) or not len(plain):
+        raise TrainingError("the pages hold no facts, or nothing but facts: there is nothing to tell apart")
+    some = hidden[:: max(len(hidden) // 65536, 1)].float()
+    mean, deviation = some.mean(0), some.std(0).clamp(min=1e-6)
+    gate = WriteGate(hidden.shape[1], memory.num_key_value_heads, surprise=memory.write_gate.surprise)
+    rng = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for weight in (gate.in_proj.weight, gate.out_proj.weight):
+            bound = weight.shape[1] ** -0.5
+            weight.copy_(torch.rand(weight.shape, generator=rng) * 2 * bound - bound)
+        gate.in_proj.bias.zero_()
+        gate.out_proj.bias.fill_(-3.0)
+
+    def logits(rows: Tensor) -> Tensor:
+        now, after = ((hidden[i].float() - mean) / deviation for i in (rows, rows + 1))
+        return gate.logits(now, after, features.surprise[rows])
+
+    def draw(rows: Tensor, count: int) -> Tensor:
+        return rows[torch.randint(len(rows), (count,), generator=rng)]
+
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=2e-3, weight_decay=0.05)
+    hard = draw(plain, 8 * HARD)
+    for step in range(settings.gate_steps):
+        if step % 100 == 99:  # the plain tokens that are nearest to being written
+            with torch.no_grad():
+                scores = torch.cat([logits(part).amax(-1) for part in plain.split(16384)])
+            hard = plain[scores.topk(min(8 * HARD, len(plain))).indices]
+        missed = F.softplus(-logits(draw(asked, POSITIVES))).mean()
+        written = F.softplus(logits(draw(plain, NEGATIVES))).mean() + 0.1 * F.softplus(logits(draw(hard, HARD))).mean()
+        loss = missed + settings.gate_negative_weight * written
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 99 or step == settings.gate_steps - 1:
+            show({"stage": "write gate", "step": step + 1, "missed": missed.item(), "written": written.item()})
+    with torch.no_grad():
+        target = memory.write_gate
+        width = hidden.shape[1]
+        target.in_proj.weight.copy_(gate.in_proj.weight)
+        target.in_proj.weight[:, : 2 * width] /= deviation.repeat(2)
+        target.in_proj.bias.copy_(gate.in_proj.bias - target.in_proj.weight[:, : 2 * width] @ mean.repeat(2))
+        target.out_proj.load_state_dict(gate.out_proj.state_dict())
+
+
+def _follows(features: Features) -> Tensor:
+    """``[N]`` bool: tokens with a token before and one behind them in their stream, two from its start."""
+    stream = features.stream
+    inside = torch.zeros(len(stream), dtype=torch.bool)
+    inside[2:-1] = (stream[2:-1] == stream[:-3]) & (stream[2:-1] == stream[3:])
+    return inside
+
+
+class Reading:
+    """The second stage: keys, queries, values, read-out and read gate, under a write gate that stands.
+
+    A text is a few pages in any order. Its pairs are written, in order, by the model's own scan; then its questions read.
+    """
+
+    def __init__(self, model: SenriForCausalLM, features: Features, settings: FitSettings) -> None:
+        self.model, self.features, self.settings = model, features, settings
+        self.rng = Random(settings.seed)
+        self.embedding = model.model.embed_tokens.weight.detach()
+        self.pairs = {i: self._pairs(i, memory) for i, memory in model.model.memories.items()}
+        self.by_page: dict[int, list[AskedFeatures]] = {}
+        for asked in features.asked:
+            self.by_page.setdefault(asked.page, []).append(asked)
+        self.fact_pages = sorted(self.by_page)
+        self.plain_pages = [page for page, facts in enumerate(features.facts) if not facts]
+        self.vocabulary, self.place = self._vocabulary()
+        self.targets = self.embedding[self.vocabulary]
+        stream = features.stream
+        ends = torch.arange(len(stream)) + SILENT + 1
+        taps = max(model.config.memory_conv_size, 1)
+        usable = ends < len(stream)
+        usable[:taps] = False
+        usable &= stream[ends.clamp(max=len(stream) - 1)] == stream
+        usable[taps:] &= stream[:-taps] == stream[taps:]
+        plain = features.write == 0
+        self.silent = (usable & plain).nonzero()[:, 0]
+
+    def _vocabulary(self) -> tuple[Tensor, Tensor]:
+        """The tokens that the loss is taken over, and the place of each among them (-1: not there)."""
+        size = len(self.embedding)
+        counts = torch.bincount(self.features.ids, minlength=size)
+        for asked in self.features.asked:
+            counts[asked.target] += len(self.features.ids)
+        chosen = counts.topk(min(max(VOCABULARY, int((counts >= len(self.features.ids)).sum())), size)).indices
+        place = torch.full((size,), -1)
+        place[chosen] = torch.arange(len(chosen))
+        return chosen, place
+
+    @torch.no_grad()
+    def _pairs(self, index: int, memory: MemoryAttention) -> list[tuple[Tensor, Tensor]]:
+        """Of each page: the tokens that the gate lets through, and how strongly ``[n, H]``."""
+        features = self.features
+        hidden, size = features.hidden[index], features.page_size
+        follows = _follows(features)
+        made = []
+        for start in range(0, len(features.ids), size):
+            rows = torch.arange(start, start + size)
+            rows = rows[follows[rows]]
+            strength = memory.write_gate(hidden[rows].float(), hidden[rows + 1].float(), features.surprise[rows])
+            some = (strength > 0).any(-1)
+            made.append((rows[some], strength[some]))
+        return made
+
+    def train(self, show: Show) -> None:
+        """All steps."""
+        settings = self.settings
+        gates, rest = [], []
+        for memory in self.model.model.memories.values():
+            for name, parameter in memory.named_parameters():
+                if not name.startswith("write_gate."):
+                    (gates if name.startswith("read_gate.") or name.endswith("_conv") else rest).append(parameter)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+                {"params": gates, "lr": settings.gate_learning_rate, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.98),
+        )
+        warmup = max(min(20, settings.steps // 5), 1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda n: min((n + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(n / settings.steps, 1.0)))),
+        )
+        parameters = gates + rest
+        for step in range(settings.steps):
+            asked, told = self.losses([self._text() for _ in range(settings.texts)])
+            loss = asked + told
+            if not loss.isfinite():
+                raise TrainingError(f"the loss of step {step + 1} is not finite: lower the learning rates")
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 25 == 24 or step == settings.steps - 1:
+                show({"stage": "reading", "step": step + 1, "answers": asked.item(), "plain text": told.item()})
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _text(self) -> tuple[list[int], list[AskedFeatures]]:
+        """Pages in order, and the questions that they answer without contradiction."""
+        rng, settings = self.rng, self.settings
+        told = rng.sample(self.fact_pages, min(rng.randint(1, settings.fact_pages), len(self.fact_pages)))
+        pages = told + rng.sample(self.plain_pages, min(rng.randint(0, settings.plain_pages), len(self.plain_pages)))
+        rng.shuffle(pages)
+        later: set[str] = set()
+        asked: list[AskedFeatures] = []
+        for page in reversed(pages):
+            asked += [question for question in self.by_page.get(page, []) if question.fact not in later]
+            later |= self.features.facts[page]
+        rng.shuffle(asked)
+        kept, tokens = [], 0
+        for question in asked:
+            tokens += len(question.target)
+            if tokens > ANSWERS:
+                break
+            kept.append(question)
+        return pages, kept
+
+    def losses(self, texts: list[tuple[list[int], list[AskedFeatures]]]) -> tuple[Tensor, Tensor]:
+        """Cross entropy of the answers, and by how much the memory changes that of plain text; nats a token."""
+        features = self.features
+        starts = [self.silent[self.rng.randrange(len(self.silent))] for _ in texts]
+        finals, targets, weights, plain = [], [], [], []
+        for (_, asked), start in zip(texts, starts, strict=True):
+            rows = torch.arange(int(start), int(start) + SILENT)
+            finals.append(torch.cat([*(q.final for q in asked), features.final[rows]]).float())
+            targets.append(torch.cat([*(q.target for q in asked), features.ids[rows + 1]]))
+            ones = [torch.ones(len(q.target)).index_fill_(0, torch.arange(q.value_from), BEGUN_WEIGHT) for q in asked]
+            weights.append(torch.cat([*ones, torch.ones(SILENT)]))
+            plain.append(torch.cat([torch.zeros(sum(len(q.target) for q in asked)), torch.ones(SILENT)]).bool())
+        added = [torch.zeros_like(final) for final in finals]
+        for index, memory in self.model.model.memories.items():
+            for i, read in enumerate(self._reads(index, memory, texts, starts)):
+                added[i] = added[i] + read
+        final, target = torch.cat(finals), self.place[torch.cat(targets)]
+        weight, silent = torch.cat(weights) * (target >= 0), torch.cat(plain)
+        with_memory = F.cross_entropy(
+            (final + torch.cat(added)) @ self.targets.T, target.clamp(min=0), reduction="none"
+        )
+        with torch.no_grad():
+            without = F.cross_entropy(final[silent] @ self.targets.T, target[silent].clamp(min=0), reduction="none")
+        asked_weight = weight * ~silent
+        change = ((with_memory[silent] - without) * weight[silent]).sum() / weight[silent].sum().clamp(min=1)
+        return (with_memory * asked_weight).sum() / asked_weight.sum().clamp(min=1), change
+
+    def _reads(
+        self,
+        index: int,
+        memory: MemoryAttention,
+        texts: list[tuple[list[int], list[AskedFeatures]]],
+        starts: list[Tensor],
+    ) -> list[Tensor]:
+        """What the memory adds at each text's answer tokens and plain tokens: ``[n, hidden]`` a text."""
+        features, hidden, taps = self.features, self.features.hidden[index], memory.taps
+        around = torch.arange(-taps + 1, 1)
+        pairs, asking, at = [], [], []
+        for (pages, asked), start in zip(texts, starts, strict=True):
+            pairs.append([torch.cat(parts) for parts in zip(*(self.pairs[index][p] for p in pages), strict=True)])
+            windows = [
+                q.hidden[index][torch.arange(len(q.target))[:, None] + torch.arange(taps)] for q in asked
+            ]  # each [A, K, hidden]
+            rows = torch.arange(int(start), int(start) + SILENT)
+            windows.append(hidden[rows[:, None] + around])
+            asking.append(torch.cat(windows).float())
+            at.append(asking[-1][:, -1])
+        most, reads = max(len(rows) for rows, _ in pairs), max(map(len, asking))
+        width = (memory.num_heads * memory.head_dim, memory.num_key_value_heads * memory.head_dim)
+        q = torch.zeros(len(texts), most + reads, width[0])
+        k = torch.zeros(len(texts), most + reads, width[1])
+        v = torch.zeros(len(texts), most + reads, width[1])
+        beta = torch.zeros(len(texts), most + reads, memory.num_key_value_heads)
+        mask = torch.zeros(len(texts), most + reads, dtype=torch.bool)
+        q_rows, k_rows, v_rows = [], [], []
+        for i, ((rows, strength), ask) in enumerate(zip(pairs, asking, strict=True)):
+            inputs = hidden[rows[:, None] + around].float()
+            k_rows.append(F.pad(_each(memory.keys, inputs), (0, 0, 0, most + reads - len(rows))))
+            v_rows.append(
+                F.pad(memory.embedded(features.ids[rows], self.embedding), (0, 0, 0, most + reads - len(rows)))
+            )
+            q_rows.append(F.pad(_each(memory.queries, ask), (0, 0, most, reads - len(ask))))
+            beta[i, : len(rows)], mask[i, : len(rows)] = strength, True
+        q, k, v = torch.stack(q_rows), torch.stack(k_rows), torch.stack(v_rows)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, memory.head_dim))
+
+        out, _ = scan(
+            heads(q), heads(k), heads(v), rule=memory.rule, feature_map=memory.feature_map, beta=beta, mask=mask,
+            chunk_size=memory.chunk_size, segment_size=memory.segment_size,
+        )  # fmt: skip
+        return [memory.read_out(h[None], out[i : i + 1, most : most + len(h)])[0] for i, h in enumerate(at)]
+
+
+def _each(project: Callable[[Tensor, Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Tokens with what stands before each, ``[n, K, hidden]`` -> ``[n, H * D]``."""
+    return project(inputs, inputs.new_ones(inputs.shape[:2], dtype=torch.bool))[:, 0]
