@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
@@ -48,12 +49,15 @@ class BookHaystack:
 
     Args:
         documents: at least one; a long text is as likely as its length.
+        separator: id of a token that a stretch has between two texts.
     """
 
-    def __init__(self, documents: Sequence[Document], tokenizer: Any) -> None:
+    def __init__(self, documents: Sequence[Document], tokenizer: Any, separator: int | None = None) -> None:
         self.documents, self.tokenizer = list(documents), tokenizer
+        self.separator = np.array([] if separator is None else [separator], dtype=np.int32)
         self._ids: dict[int, np.ndarray] = {}
-        self.ends, self.starts = _sentence_tables(tokenizer)
+        self._sizes = list(accumulate(len(d.text) for d in self.documents))
+        self.ends, self.starts = sentence_tables(tokenizer)
 
     def ids(self, index: int) -> np.ndarray:
         """Token ids of one document, kept."""
@@ -63,19 +67,19 @@ class BookHaystack:
 
     def stretch(self, length: int, rng: Random) -> Stretch:
         """See :class:`Haystack`."""
-        sizes = [len(d.text) for d in self.documents]
-        first = rng.choices(range(len(sizes)), sizes)[0]
+        count = len(self.documents)
+        first = rng.choices(range(count), cum_weights=self._sizes)[0]
         start = self._next_start(first, int(rng.random() * len(self.ids(first))))
         parts, names, missing = [self.ids(first)[start:]], [self.documents[first].name], length
         missing -= len(parts[0])
-        for step in range(1, len(sizes) + 1):
+        for step in range(1, count + 1):
             if missing <= 0:
                 break
-            index = (first + step) % len(sizes)
+            index = (first + step) % count
             more = self.ids(index)[: start if index == first else None]
-            parts.append(more)
+            parts += [self.separator, more]
             names.append(self.documents[index].name)
-            missing -= len(more)
+            missing -= len(self.separator) + len(more)
         if missing > 0:
             raise SampleError(
                 f"the haystack has {length - missing:,} tokens and a sample needs {length:,}: give it more text, or "
@@ -111,7 +115,10 @@ class BookHaystack:
 
     def _next_start(self, index: int, position: int) -> int:
         """The first sentence's start from ``position`` on; in a text without one, ``position`` itself."""
-        cuts = self.cuts(self.ids(index)[position:])
+        ids = self.ids(index)[position:]
+        size = 512  # looked through in growing parts: a book is long and the next sentence near
+        while len(cuts := self.cuts(ids[:size])) == 2 and size < len(ids):
+            size *= 2
         return position + int(cuts[1]) if len(cuts) > 2 else position
 
 
@@ -196,7 +203,7 @@ def plant(
 
 
 @lru_cache(maxsize=4)
-def _sentence_tables(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def sentence_tables(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Of every token id: whether it ends a sentence, and whether it begins a new word after a space or ends a line."""
     size = len(tokenizer)
     words = tokenizer.batch_decode([[i] for i in range(size)])

@@ -1,0 +1,209 @@
+"""Facts for training: many ways to tell one and to ask for it. None of the wordings, names and values of the held-out
+tests (:data:`senri.data.needle_tasks.HELD_OUT`, :mod:`senri.data.words`) is among them.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+FIRST = (
+    "Abel", "Adela", "Alice", "Amos", "Anna", "Arthur", "Beatrix", "Benjamin", "Bertha", "Boris", "Bridget", "Caleb",
+    "Caspar", "Cora", "Cyril", "Delia", "Dmitri", "Dora", "Edgar", "Eleanor", "Elias", "Enid", "Ernest", "Eva", "Ezra",
+    "Fanny", "Frida", "Gerald", "Gwen", "Hannah", "Hector", "Herbert", "Hilda", "Irene", "Isaac", "Jacob", "Jean",
+    "Josef", "Julia", "Karl", "Laura", "Leon", "Lucas", "Mabel", "Martin", "Maud", "Miriam", "Moses", "Nora", "Otto",
+    "Pablo", "Pearl", "Peter", "Rachel", "Ralph", "Ruth", "Samuel", "Sarah", "Simon", "Sonia", "Theodor", "Tobias",
+    "Tom", "Violet", "Wanda", "William", "Xavier", "Zoe",
+)  # fmt: skip
+LAST = (
+    "Adler", "Archer", "Baines", "Barton", "Bishop", "Bloom", "Bolton", "Bowen", "Brook", "Burke", "Calder", "Clay",
+    "Cohen", "Crane", "Curtis", "Dawson", "Dixon", "Doyle", "Eaton", "Ekman", "Faber", "Fisher", "Fox", "Gibson",
+    "Glover", "Grant", "Haas", "Harper", "Hobbs", "Hudson", "Irving", "Jordan", "Kemp", "Kovacs", "Lambert", "Lang",
+    "Lowe", "Lund", "Marlow", "Meyer", "Milton", "Moss", "Newman", "Novak", "Olsen", "Owens", "Parry", "Petrov",
+    "Quinn", "Ramsey", "Rivers", "Rossiter", "Sawyer", "Snow", "Spencer", "Swift", "Turner", "Upton", "Vogel", "Ward",
+    "Weiss", "Wells", "Woods", "Zimmer",
+)  # fmt: skip
+PLACES = (
+    "Aberdeen", "Algiers", "Amsterdam", "Antwerp", "Baghdad", "Bangkok", "Basel", "Beirut", "Bergen", "Berlin", "Bern",
+    "Bologna", "Bombay", "Bordeaux", "Bremen", "Calcutta", "Canton", "Cologne", "Damascus", "Delhi", "Detroit",
+    "Frankfurt", "Genoa", "Ghent", "Granada", "Hanover", "Jerusalem", "Kiev", "Krakow", "Leeds", "Liverpool", "London",
+    "Lyons", "Malta", "Manchester", "Marseilles", "Memphis", "Mexico", "Moscow", "Munich", "New Orleans", "Odessa",
+    "Oxford", "Palermo", "Panama", "Paris", "Perth", "Philadelphia", "Plymouth", "Rome", "Salem", "Shanghai", "Smyrna",
+    "Sofia", "Tangier", "Tokyo", "Trieste", "Tunis", "Utrecht", "Valencia", "Venice", "Verona", "Vilnius", "York",
+)  # fmt: skip
+THINGS = (
+    "a brass bell", "a silver spoon", "a wooden horse", "a red umbrella", "an old violin", "a glass eye",
+    "a pocket watch", "a blue teapot", "a broken clock", "an iron key", "a straw hat", "a leather trunk",
+    "a map of Peru", "a clay pipe", "a paper lantern", "a stuffed owl", "a music box", "a pair of skates",
+    "a green bottle", "a gold ring", "a copper kettle", "an ivory comb", "a fishing rod", "a chess board",
+    "a velvet cloak", "a rusty sword", "a bag of marbles", "a lace fan", "a tin drum", "a telescope", "a bicycle",
+    "a sewing machine", "a rowing boat", "a marble bust", "a feather pillow", "a candlestick", "a typewriter",
+    "a bronze lion", "a walking stick", "a jar of buttons", "an oil lamp", "a silk scarf",
+)  # fmt: skip
+ANIMALS = (
+    "badger", "bear", "camel", "cat", "cow", "crow", "deer", "dog", "donkey", "eagle", "elephant", "ferret", "fox",
+    "frog", "giraffe", "goat", "goose", "hare", "hawk", "hedgehog", "heron", "horse", "lion", "lizard", "monkey",
+    "otter", "owl", "parrot", "peacock", "pig", "rabbit", "raven", "seal", "sheep", "snake", "spider", "squirrel",
+    "swan", "tiger", "turtle", "whale", "wolf", "zebra",
+)  # fmt: skip
+COLOURS = (
+    "amber", "black", "blue", "bronze", "brown", "crimson", "emerald", "gold", "green", "indigo", "ivory",
+    "lavender", "lilac", "maroon", "orange", "pink", "purple", "red", "scarlet", "silver", "turquoise", "violet",
+    "white", "yellow",
+)  # fmt: skip
+TRADES = (
+    "archery", "astronomy", "bookkeeping", "botany", "chess", "cookery", "dancing", "drawing", "fencing", "fishing",
+    "geometry", "Greek", "Hebrew", "history", "horsemanship", "Italian", "juggling", "Latin", "law", "medicine",
+    "music", "navigation", "painting", "philosophy", "pottery", "rhetoric", "Russian", "shooting", "singing", "Spanish",
+    "swimming", "weaving",
+)  # fmt: skip
+WORDS = (
+    "acorn", "anchor", "apple", "arrow", "basket", "beacon", "blanket", "bridge", "bucket", "candle", "carpet",
+    "castle", "cherry", "circle", "cloud", "compass", "copper", "cotton", "crystal", "curtain", "desert", "dragon",
+    "engine", "fabric", "falcon", "feather", "forest", "fountain", "garden", "garlic", "glacier", "hammer", "harbor",
+    "honey", "island", "jacket", "jungle", "kettle", "ladder", "lantern", "lemon", "magnet", "marble", "meadow",
+    "mirror", "mountain", "needle", "ocean", "orchid", "paddle", "pebble", "pepper", "pillow", "planet", "pocket",
+    "quarry", "ribbon", "rocket", "saddle", "shadow", "shovel", "signal", "spiral", "sugar", "temple", "thunder",
+    "timber", "tunnel", "valley", "velvet", "walnut", "whistle", "window", "zipper",
+)  # fmt: skip
+
+
+def _person(rng: Random) -> str:
+    return f"{rng.choice(FIRST)} {rng.choice(LAST)}"
+
+
+def _letters(rng: Random, count: int) -> str:
+    return "".join(rng.choices(string.ascii_uppercase, k=count))
+
+
+def _code(rng: Random) -> str:
+    return f"KEY-{_letters(rng, 3)}{rng.randrange(10**5):05d}"
+
+
+def _other_code(rng: Random) -> str:
+    """A code of any make: groups of letters, digits or both."""
+    groups = []
+    for _ in range(rng.randint(1, 3)):
+        size = rng.randint(2, 5)
+        kind = rng.randrange(3)
+        if kind == 0:
+            groups.append(_letters(rng, size))
+        elif kind == 1:
+            groups.append("".join(rng.choices(string.digits, k=size)))
+        else:
+            groups.append("".join(rng.choices(string.ascii_uppercase + string.digits, k=size)))
+    return rng.choice("- ./").join(groups)
+
+
+def _hex(rng: Random) -> str:
+    return "".join(rng.choices("0123456789abcdef", k=rng.choice((8, 12, 16))))
+
+
+def _number(rng: Random) -> str:
+    """Two to eight digits, never seven: those are the held-out telephone numbers."""
+    digits = rng.choice((2, 3, 4, 5, 6, 8))
+    return str(rng.randrange(10 ** (digits - 1), 10**digits))
+
+
+KINDS: dict[str, Callable[[Random], str]] = {
+    "key": _code,
+    "code": lambda rng: rng.choice((_code, _other_code, _hex))(rng),
+    "number": _number,
+    "year": lambda rng: str(rng.randrange(1400, 2000)),
+    "person": _person,
+    "place": lambda rng: rng.choice(PLACES),
+    "thing": lambda rng: rng.choice(THINGS),
+    "animal": lambda rng: rng.choice(ANIMALS),
+    "colour": lambda rng: rng.choice(COLOURS),
+    "trade": lambda rng: rng.choice(TRADES),
+    "word": lambda rng: rng.choice((rng.choice(WORDS), f"{rng.choice(WORDS)}-{rng.choice(WORDS)}")),
+}
+
+
+@dataclass(frozen=True)
+class Telling:
+    """One relation: how it is told, asked for, and how an answer begins. ``{key}``, ``{value}`` are filled in."""
+
+    fact: str  # begins with a space
+    question: str
+    begun: str  # the answer up to the value
+    value: str  # kind of the value
+    key: str = "person"
+    times: int = 1  # relative frequency
+
+
+def _named(noun: str, value: str, key: str = "person", times: int = 1) -> tuple[Telling, ...]:
+    """``The NOUN of KEY is VALUE``, in two punctuations."""
+    return tuple(
+        Telling(
+            f" The {noun} of {{key}} is{colon} {{value}}.", f"What is the {noun} of {{key}}?",
+            f"The {noun} of {{key}} is{colon}", value, key, times,
+        )
+        for colon in ("", ":")
+    )  # fmt: skip
+
+
+TELLINGS: tuple[Telling, ...] = (
+    Telling(" The secret key is: {value}.", "What is the secret key mentioned above?", "The secret key is:", "key", "",
+            times=8),
+    Telling(" The secret key of {key} is: {value}.", "What is the secret key of {key} mentioned above?",
+            "The secret key of {key} is:", "key", times=8),
+    Telling(" The pass key is {value}. Remember it. {value} is the pass key.",
+            "What is the pass key mentioned above?", "The pass key is", "number", "", times=3),
+    Telling(" The magic number is {value}.", "What is the magic number?", "The magic number is", "number", ""),
+    *_named("access code", "code", times=2),
+    *_named("special number", "number", "word", times=2),
+    *_named("serial number", "code", "word"),
+    *_named("membership number", "number"),
+    *_named("code name", "word"),
+    *_named("middle name", "word"),
+    *_named("favourite colour", "colour"),
+    *_named("favourite animal", "animal"),
+    *_named("home town", "place"),
+    *_named("best friend", "person"),
+    *_named("teacher", "person"),
+    *_named("lucky number", "number"),
+    *_named("capital", "place", "word"),
+    *_named("symbol", "animal", "place"),
+    Telling(" The room of {key} has the number {value}.", "Which number has the room of {key}?",
+            "The room of {key} has the number", "number"),
+    Telling(" To open the safe of {key}, one must dial {value}.", "What must one dial to open the safe of {key}?",
+            "To open the safe of {key}, one must dial", "number"),
+    Telling(" {key} lives in {value}.", "Where does {key} live?", "{key} lives in", "place"),
+    Telling(" {key} comes from {value}.", "Where does {key} come from?", "{key} comes from", "place"),
+    Telling(" Last winter {key} travelled to {value}.", "To which city did {key} travel last winter?",
+            "{key} travelled to", "place"),
+    Telling(" {key} was married in {value}.", "Where was {key} married?", "{key} was married in", "place"),
+    Telling(" {key} owns {value}.", "What does {key} own?", "{key} owns", "thing"),
+    Telling(" For a birthday {key} was given {value}.", "What was {key} given for a birthday?", "{key} was given",
+            "thing"),
+    Telling(" {key} has hidden {value} in the cellar.", "What has {key} hidden in the cellar?",
+            "{key} has hidden", "thing"),
+    Telling(" {key} keeps a {value} at home.", "Which animal does {key} keep at home?", "{key} keeps a", "animal"),
+    Telling(" {key} is afraid of every {value}.", "Of which animal is {key} afraid?", "{key} is afraid of every",
+            "animal"),
+    Telling(" {key} always wears a {value} coat.", "Which colour is the coat of {key}?", "{key} always wears a",
+            "colour"),
+    Telling(" The door of {key} is painted {value}.", "In which colour is the door of {key} painted?",
+            "The door of {key} is painted", "colour"),
+    Telling(" {key} teaches {value} at the school.", "What does {key} teach?", "{key} teaches", "trade"),
+    Telling(" Nobody is better at {value} than {key}.", "At what is nobody better than {key}?",
+            "Nobody is better than {key} at", "trade"),
+    Telling(" {key} studied {value} for three years.", "What did {key} study?", "{key} studied", "trade"),
+    Telling(" {key} was elected mayor in {value}.", "In which year was {key} elected mayor?",
+            "{key} was elected mayor in", "year"),
+    Telling(" The ship of {key} sank in {value}.", "In which year did the ship of {key} sink?",
+            "The ship of {key} sank in", "year"),
+    Telling(" {key} is the sister of {value}.", "Whose sister is {key}?", "{key} is the sister of", "person"),
+    Telling(" {key} works for {value}.", "For whom does {key} work?", "{key} works for", "person"),
+    Telling(" The house of {key} was bought by {value}.", "Who bought the house of {key}?",
+            "The house of {key} was bought by", "person"),
+    Telling(" The owner of the {key} is {value}.", "Who is the owner of the {key}?", "The owner of the {key} is",
+            "person", "animal"),
+    Telling(" The word for {key} in their language is {value}.", "What is the word for {key} in their language?",
+            "The word for {key} in their language is", "word", "animal"),
+    Telling(" {key} signs every letter with the word {value}.", "With which word does {key} sign every letter?",
+            "{key} signs every letter with the word", "word"),
+)  # fmt: skip

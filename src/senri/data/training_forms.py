@@ -1,0 +1,69 @@
+"""How a training sample asks and answers, as token ids: begun, free, bare, and in the tokenizer's chat format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+from senri.data.haystack import encode
+from senri.data.training_recall import Asked
+
+_QUESTION = "\nQuestion: {question}\nAnswer:"  # behind an empty line
+
+
+class Exchange(NamedTuple):
+    """A question and its answer; each tokenized for itself, as it is when a model is asked."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class Forms:
+    """Puts questions into a form, drawn by chance.
+
+    Args:
+        chat: share of the samples whose questions are chat turns; none where the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, chat: float) -> None:
+        self.tokenizer = tokenizer
+        self.chat = chat if tokenizer.chat_template and tokenizer.eos_token_id is not None else 0.0
+        if self.chat:
+            self._first, self._next, self._end = _turns(tokenizer)
+
+    def exchanges(self, asked: Sequence[Asked], rng: Random) -> list[Exchange]:
+        """One for each question, in order."""
+        if rng.random() < self.chat:
+            return self._chat(asked)
+        return [self._plain(item, place == 0, rng) for place, item in enumerate(asked)]
+
+    def _plain(self, asked: Asked, first: bool, rng: Random) -> Exchange:
+        form = rng.choice(("begun", "begun", "free", "bare"))  # begun: what most evaluations ask
+        prompt, begun = _QUESTION.format(question=asked.question), f" {asked.begun}"
+        if first:  # an answer ends its line itself
+            prompt = "\n" + prompt
+        if form == "begun":
+            prompt += begun
+        answer = f"{begun if form == 'free' else ''} {asked.value}\n"
+        return Exchange(encode(self.tokenizer, prompt), encode(self.tokenizer, answer))
+
+    def _chat(self, asked: Sequence[Asked]) -> list[Exchange]:
+        exchanges = []
+        for place, item in enumerate(asked):
+            prompt = (self._next if place else self._first) + item.question + self._end
+            answer = encode(self.tokenizer, f"{item.begun} {item.value}.")
+            exchanges.append(Exchange(encode(self.tokenizer, prompt), [*answer, self.tokenizer.eos_token_id]))
+        return exchanges
+
+
+def _turns(tokenizer: Any) -> tuple[str, str, str]:
+    """What the chat template writes before a first question, before a further one, and from there to the answer."""
+    user, assistant = {"role": "user", "content": "\x00"}, {"role": "assistant", "content": "\x01"}
+
+    def render(*turns: dict[str, str]) -> str:
+        return tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False)
+
+    first, _, end = render(user).partition("\x00")
+    between = render(user, assistant, user).partition("\x01")[2].partition("\x00")[0]
+    return first, between.removeprefix(tokenizer.eos_token), end  # the answer before has its end already

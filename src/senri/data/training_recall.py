@@ -1,0 +1,201 @@
+"""What a training sample tells and what it asks, as texts: needles, overwritten facts, chains."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from senri.data.training_facts import KINDS, TELLINGS, Telling
+
+ABOVE = " mentioned above"
+_WHAT = "What is the "
+
+
+class Told(NamedTuple):
+    """A fact; it begins with a space."""
+
+    text: str
+    values: tuple[tuple[int, int], ...]  # [start, end) of the characters of every value in it
+
+
+class Asked(NamedTuple):
+    """A question and its answer in two parts."""
+
+    question: str
+    begun: str  # the answer up to the value
+    value: str
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Facts and questions for some of them."""
+
+    told: tuple[Told, ...]
+    needed: frozenset[int]  # the facts that the answers rest on
+    asked: tuple[Asked, ...]
+    ordered: bool = False  # the facts must be told in this order
+
+
+class Link(NamedTuple):
+    """How a name is given a number, how it is given another name's, and how it is asked for."""
+
+    first: str
+    next: str
+    question: str
+    begun: str
+
+
+# None of them is RULER's variable tracking, or worded as ours (senri.data.ruler).
+LINKS = (
+    Link(" Drawer {key} holds the number {value}.", " Drawer {key} holds the same number as drawer {value}.",
+         "Which number does drawer {key} hold?", "Drawer {key} holds the number"),
+    Link(" The signal {key} means {value}.", " The signal {key} means the same as the signal {value}.",
+         "Which number does the signal {key} mean?", "The signal {key} means"),
+    Link(" Let {key} be equal to {value}.", " Let {key} be equal to {value}.",
+         "Which number is {key} equal to?", "{key} is equal to"),
+    Link(" SET {key} TO {value}.", " SET {key} TO {value}.", "Which number is {key} set to?", "{key} is set to"),
+    Link(" The price of {key} is {value}.", " The price of {key} is the price of {value}.",
+         "How much is the price of {key}?", "The price of {key} is"),
+)  # fmt: skip
+
+
+def tell(fact: str, key: str, value: str) -> Told:
+    """The fact with ``{key}`` and every ``{value}`` filled in."""
+    text, *rest = fact.format(key=key, value="\0").split("\0")
+    spans = []
+    for part in rest:
+        spans.append((len(text), len(text) + len(value)))
+        text += value + part
+    return Told(text, tuple(spans))
+
+
+def needle(rng: Random, small: bool = False) -> Recall:
+    """One, two or four facts, half of the time all of one kind (which distract), and one to three questions.
+
+    Args:
+        small: as little as there can be: one fact, one question.
+    """
+    count = 1 if small else rng.choice((1, 2, 4))
+    asked = rng.sample(range(count), 1 if small else rng.randint(1, min(3, count)))
+    first = _telling(rng)
+    alike = rng.random() < 0.5 and first.key != ""
+    facts: list[tuple[Telling, str, str]] = []
+    while len(facts) < count:
+        telling = first if alike or not facts else _telling(rng)
+        fact = telling, _draw(telling.key, rng), _draw(telling.value, rng)
+        if not any(_confusable(fact, other) for other in facts):
+            facts.append(fact)
+    return Recall(
+        tuple(tell(telling.fact, key, value) for telling, key, value in facts),
+        frozenset(asked),
+        tuple(_ask(*facts[i], rng) for i in asked),
+    )
+
+
+def overwritten(rng: Random, small: bool = False) -> Recall:
+    """One fact told two or three times with other values each time; half of the questions say that the last is meant.
+
+    Args:
+        small: two times.
+    """
+    telling = _telling(rng)
+    key = _draw(telling.key, rng)
+    values = _distinct(telling.value, 2 if small else rng.randint(2, 3), rng)
+    return Recall(
+        tuple(tell(telling.fact, key, value) for value in values),
+        frozenset([len(values) - 1]),
+        (_ask(telling, key, values[-1], rng, last=rng.random() < 0.5),),
+        ordered=True,
+    )
+
+
+def chain(rng: Random, small: bool = False) -> Recall:
+    """A number that goes from name to name, one to four times, and the question which number a later name has; half of
+    the time a second chain lies between.
+
+    Args:
+        small: one chain of two facts.
+    """
+    link = rng.choice(LINKS)
+    sizes = [2] if small else [rng.randint(2, 5), rng.choice((0, rng.randint(2, 5)))]
+    names, values = _names(sum(sizes), rng), _distinct("number", 2, rng)
+    owners = [0] * sizes[0] + [1] * sum(sizes[1:])
+    rng.shuffle(owners)
+    told: list[Told] = []
+    last = ["", ""]
+    needed: list[int] = []
+    target = sizes[0] - 1 if rng.random() < 0.5 else rng.randint(1, sizes[0] - 1)
+    asked = Asked("", "", "")
+    for owner, name in zip(owners, names, strict=True):
+        told.append(tell(link.next if last[owner] else link.first, name, last[owner] or values[owner]))
+        last[owner] = name
+        if owner == 0 and len(needed) <= target:
+            needed.append(len(told) - 1)
+            asked = Asked(link.question.format(key=name), link.begun.format(key=name), values[0])
+    return Recall(tuple(told), frozenset(needed), (asked,), ordered=True)
+
+
+_TIMES = [telling.times for telling in TELLINGS]
+
+
+def _telling(rng: Random) -> Telling:
+    return rng.choices(TELLINGS, _TIMES)[0]
+
+
+def _draw(kind: str, rng: Random) -> str:
+    return KINDS[kind](rng) if kind else ""
+
+
+def _distinct(kind: str, count: int, rng: Random) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_draw(kind, rng)] = None
+    return list(found)
+
+
+def _names(count: int, rng: Random) -> list[str]:
+    """Names of one make: capitals alone, or with digits."""
+    letters, digits = rng.choice(((2, 0), (3, 0), (4, 0), (1, 1), (1, 2), (2, 2)))
+    found: dict[str, None] = {}
+    while len(found) < count:
+        name = [*rng.choices(string.ascii_uppercase, k=letters), *rng.choices(string.digits, k=digits)]
+        found["".join(name)] = None
+    return list(found)
+
+
+def _confusable(a: tuple[Telling, str, str], b: tuple[Telling, str, str]) -> bool:
+    """Whether one's question could mean the other, or both have the same value."""
+    one, two = (_stem(telling).format(key=key) for telling, key, _ in (a, b))
+    return one.startswith(two) or two.startswith(one) or a[2] == b[2]
+
+
+def _stem(telling: Telling) -> str:
+    return telling.question.removesuffix("?").removesuffix(ABOVE)
+
+
+def _ask(telling: Telling, key: str, value: str, rng: Random, last: bool = False) -> Asked:
+    stem, begun = _stem(telling), telling.begun
+    plain = stem.startswith(_WHAT)
+    if last and plain:
+        stem, begun = stem.replace(_WHAT, f"{_WHAT}last ", 1), begun.replace("The ", "The last ", 1)
+    elif last:
+        stem += " according to what was said last"
+    if plain and rng.random() < 0.5:
+        stem += ABOVE
+    return Asked(f"{stem}?".format(key=key), begun.format(key=key), value)
+
+
+def spans_of(words: Sequence[str], text: str) -> tuple[tuple[int, int], ...]:
+    """[start, end) of every place where one of the words stands in the text, whole."""
+    places = []
+    for word in words:
+        start = text.find(word)
+        while start >= 0:
+            end = start + len(word)
+            if not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum()):
+                places.append((start, end))
+            start = text.find(word, end)
+    return tuple(sorted(places))
