@@ -56,7 +56,7 @@ LINKS = (
          "Which number does the signal {key} mean?", "The signal {key} means"),
     Link(" Let {key} be equal to {value}.", " Let {key} be equal to {value}.",
          "Which number is {key} equal to?", "{key} is equal to"),
-    Link(" SET {key} TO {value}.", " SET {key} TO {value}.", "Which number is {key} set to?", "{key} is set to"),
+    Link(" Set {key} to {value}.", " Set {key} to {value}.", "Which number is {key} set to?", "{key} is set to"),
     Link(" The price of {key} is {value}.", " The price of {key} is the price of {value}.",
          "How much is the price of {key}?", "The price of {key} is"),
 )  # fmt: skip
