@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": {"memory", "layers", "hf", "lm", "data", "session", "identity"},
     "evaluation": {"memory", "layers", "hf", "lm", "data", "session", "identity"},
     "config": set(),
-    "cli": {"memory", "layers", "hf", "lm", "data", "session", "training", "evaluation", "config"},
+    "cli": {"memory", "layers", "hf", "lm", "data", "session", "training", "evaluation", "config", "identity"},
     "__main__": {"cli"},
 }
 # The same for imports that wait: inside a function, or for type checkers only.

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 Identity = dict[str, Any]  # all that decides the results
+
+
+def run_name(identity: Identity) -> str:
+    """A folder name that is the same for the same settings, model and texts, and for no others."""
+    text = json.dumps(identity, sort_keys=True)
+    return f"{Path(str(identity['model'])).name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

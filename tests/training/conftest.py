@@ -9,7 +9,7 @@ import pytest
 
 from senri.data.training_sample import TrainingSample
 from senri.training.settings import TrainingSettings
-from senri.training.trainer import Trainer
+from senri.training.trainer import Trainer, run_identity
 
 from ..conftest import VOCABULARY
 
@@ -74,13 +74,9 @@ def make_trainer(make_senri, verses, tmp_path):
 
     def make(folder: str = "run", model: Any = None, mix: Any = None, options: Any = None, **changes: Any) -> Trainer:
         extra = {name: changes.pop(name) for name in list(changes) if not hasattr(SETTINGS, name)}
-        return Trainer(
-            model or make_senri(**{"memory_conv_size": 2, "memory_readout": "head"} | (options or {})),
-            replace(SETTINGS, **changes),
-            mix or verses,
-            Path(tmp_path) / folder,
-            {"model": "tiny"},
-            **extra,
-        )
+        model = model or make_senri(**{"memory_conv_size": 2, "memory_readout": "head"} | (options or {}))
+        settings = replace(SETTINGS, **changes)
+        identity = run_identity(settings, {"model": "tiny"})
+        return Trainer(model, settings, mix or verses, Path(tmp_path) / folder, identity, **extra)
 
     return make

@@ -276,11 +276,12 @@ from pathlib import Path
 from tests.conftest import _make_base, _randomise, TINY
 from tests.training.conftest import SETTINGS, Verses
 from senri.hf.convert import convert_to_senri
-from senri.training.trainer import Trainer
+from senri.training.trainer import Trainer, run_identity
 model = _randomise(convert_to_senri(_make_base(), **{{**TINY, "memory_readout": "head", "memory_conv_size": 2}}))
 settings = replace(SETTINGS, batch_size=int(sys.argv[2]), distillation_weight=0.3)
 text = Path({text!r}).read_text()
-Trainer(model, settings, Verses(text), Path(sys.argv[1]), {{}}, teacher=_make_base(seed=5)).train()
+identity, teacher = run_identity(settings, {{}}), _make_base(seed=5)
+Trainer(model, settings, Verses(text), Path(sys.argv[1]), identity, teacher=teacher).train()
 """
 
 

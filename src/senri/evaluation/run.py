@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -21,12 +20,6 @@ from senri.hf.memory_file import write_atomically
 from senri.identity import Identity, differences
 
 IDENTITY, RECORDS, STARTS = "run.json", "records.jsonl", "starts.jsonl"
-
-
-def run_name(identity: Identity) -> str:
-    """A folder name that is the same for the same settings, model and texts, and for no others."""
-    text = json.dumps(identity, sort_keys=True)
-    return f"{Path(str(identity['model'])).name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def open_run(folder: Path, identity: Identity) -> Log:

@@ -104,6 +104,12 @@ def read_adapter_header(path: str | Path) -> dict[str, Any]:
     return json.loads(metadata["senri_adapter"])
 
 
+def has_lora(path: str | Path) -> bool:
+    """Whether an adapter file changes the base too, by LoRA."""
+    with safe_open(path, framework="pt") as file:
+        return any(_LORA in name for name in file.keys())  # noqa: SIM118
+
+
 @torch.no_grad()
 def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriForCausalLM:
     """Convert ``base`` (as for ``convert_to_senri``) with the adapter's configuration and put its weights on.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MEMORY, LORA, ALL = "memory", "memory+lora", "all"
+LORA, ALL = "memory+lora", "all"
+NOTES = "training.json"  # beside full weights: what an adapter says in its header
 
 
 class TrainingError(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from senri.training.bptt import Totals, add_up, backward
 from senri.training.log import Entry, TrainingLog, summarise
 from senri.training.optim import check_gate_travel, choose_trainable, group_of, make_optimizer, parameter_groups
 from senri.training.probe import probe
-from senri.training.settings import ALL, TrainingError, TrainingSettings
+from senri.training.settings import ALL, NOTES, TrainingError, TrainingSettings
 
 ADAPTER, FULL = "adapter.safetensors", "model"
 
@@ -48,7 +49,7 @@ class Trainer:
         model: a converted model, in float32; it is trained in place.
         mix: the samples; step ``n`` takes the next ``batch_size * gradient_accumulation_steps * processes`` of them.
         folder: for checkpoints, log and result.
-        identity: all that decides the result beside ``settings``; the folder takes no other run.
+        identity: from :func:`run_identity`; the folder takes no other run.
         probed: fixed held-out samples to look at every ``probe_steps``.
         calibration: tokens to calibrate the memory with as step zero; None leaves it as it is.
         teacher: the full-attention base, for distillation.
@@ -78,14 +79,9 @@ class Trainer:
         self.processes = PartialState(cpu=not torch.cuda.is_available())
         self.device = self.processes.device
         self.model, self.settings, self.mix, self.folder = model, settings, mix, folder
-        self.identity = {
-            **identity,
-            "settings": dataclasses.asdict(settings),
-            "processes": self.processes.num_processes,
-            "device": self.device.type,
-        }
-        self.probed, self.calibration, self.teacher = probed, calibration, teacher
-        self.notes, self.show, self.say = notes or {}, show, say
+        self.identity, self.probed, self.calibration, self.teacher = identity, probed, calibration, teacher
+        self.notes, self.show = notes or {}, show
+        self.say = say if self.main else lambda line: None
         self.step = 0
         self._interrupted = False
         self._mixes: dict[int, Mix] = {}
@@ -104,19 +100,18 @@ class Trainer:
         """
         self._start()
         log = TrainingLog(self.folder, self.step) if self.main else None
-        last: Entry = {}
         try:
             with self._catch_interrupt():
                 while self.step < self.settings.max_steps:
                     entry, stop = self._one_step()
-                    last = self._after(entry, log)
+                    self._after(entry, log)
                     if stop and self.step < self.settings.max_steps:
                         self._save()
                         raise TrainingStopped(self.step)
         finally:
             if log is not None:
                 log.close()
-        return self._finish(last)
+        return self._finish()
 
     # beginning and end ----------------------------------------------------------------------------------------
 
@@ -156,7 +151,7 @@ class Trainer:
         count = sum(p.numel() for p in self.parameters.values())
         self.say(f"{count / 1e6:.2f}M parameters learn ({settings.trainable})")
 
-    def _finish(self, last: Entry) -> Path:
+    def _finish(self) -> Path:
         """Save the result."""
         self._save()
         path = self.folder / (FULL if self.settings.trainable == ALL else ADAPTER)
@@ -166,9 +161,8 @@ class Trainer:
                 **self.notes,
                 "seed": self.settings.seed,
                 "steps": self.step,
-                "settings": self.identity["settings"],
-                "processes": self.identity["processes"],
-                "loss": last.get("loss"),
+                "settings": dataclasses.asdict(self.settings),
+                "processes": self.processes.num_processes,
                 "probe": final,
             }
             self.model.eval()
@@ -176,6 +170,7 @@ class Trainer:
                 if not path.exists():
                     with new_folder(path) as scratch:
                         self.model.save_pretrained(scratch)
+                        (scratch / NOTES).write_text(json.dumps(notes), encoding="utf-8")
             else:
                 save_adapter(self.model, path, **notes)
         self.processes.wait_for_everyone()
@@ -259,7 +254,7 @@ class Trainer:
     def _sum(self, tensor: Tensor) -> Tensor:
         return reduce(tensor.to(self.device), "sum")
 
-    def _after(self, entry: Entry, log: TrainingLog | None) -> Entry:
+    def _after(self, entry: Entry, log: TrainingLog | None) -> None:
         """Log, probe and save as is due."""
         settings = self.settings
         if log is not None:
@@ -269,7 +264,6 @@ class Trainer:
             self.show(entry)
         if self.step % settings.save_steps == 0:
             self._save()
-        return entry
 
     @contextmanager
     def _catch_interrupt(self) -> Iterator[None]:
@@ -289,6 +283,13 @@ class Trainer:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def run_identity(settings: TrainingSettings, facts: dict[str, Any]) -> Identity:
+    """All that decides a run's result: ``facts`` about model and data, the settings, and what it runs on."""
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    run = {"processes": processes.num_processes, "device": processes.device.type}
+    return {**facts, "settings": dataclasses.asdict(settings), **run}
 
 
 def check_settings(settings: TrainingSettings, model: SenriForCausalLM, teacher: Any) -> None:
