@@ -1,8 +1,8 @@
 """One command on a fresh machine, Colab's or your own: ``python scripts/colab.py test | train | eval`` (no options).
 
 Installs what is missing into the running Python, then: ``test`` checks that everything works here (a minute),
-``train`` trains the memory and ``eval`` measures what the configured model recalls, as ``senri train`` and ``senri eval``
-do. What and how stands in config/.
+``train`` trains the memory, ``eval`` measures what the configured model recalls. The last two are ``senri
+train`` and ``senri eval``; how they do it stands in config/.
 """
 
 from __future__ import annotations

@@ -307,3 +307,15 @@ def test_two_processes_with_half_the_batch_are_one(tmp_path, real_text):
         assert (a["tokens"], a["loss"]) == pytest.approx((b["tokens"], b["loss"]), rel=1e-6)
     identity = json.loads((tmp_path / "two" / checkpoint.IDENTITY).read_text())
     assert identity["processes"] == 2
+
+
+def test_tensorboard_has_the_numbers_of_the_log(make_trainer, verses):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(probed=[verses[300]])
+    trainer.train()
+    events = EventAccumulator(str(trainer.folder / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert {"losses/text", "grad_norm", "rates/gates", "probe/answers"} <= set(events.Tags()["scalars"])
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([e["loss"] for e in log_of(trainer)])
