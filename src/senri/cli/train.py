@@ -57,13 +57,11 @@ def _check_packages(config: ConfigManager) -> None:
 
 def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
     """Train as the configuration says, or go on with it; returns the path of what was learned."""
-    from accelerate import PartialState
-
     from senri.data.corpus import load_documents, split_documents
     from senri.hf.base import find_adapter, is_senri, load_model, load_unconverted
     from senri.identity import run_name
     from senri.training.checkpoint import check_folder
-    from senri.training.trainer import Trainer, TrainingStopped, run_identity
+    from senri.training.trainer import Trainer, TrainingStopped, processes, run_identity
 
     started = time.perf_counter()
     settings = make_settings(config)
@@ -84,7 +82,7 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
     facts = {**about_model(config, model, tokenizer), **about_data(config, texts), "calibration_tokens": tokens}
     identity = run_identity(settings, facts)
     folder = output or Path(config.experiment.output_dir) / "train" / run_name(identity)
-    if PartialState().is_main_process:  # before the long preparations; others would see it being made
+    if processes().is_main_process:  # before the long preparations; others would see it being made
         check_folder(folder, identity)
     held_out = split_documents(documents, "evaluation")
     probed = make_mix(config, held_out, tokenizer, settings.max_length, window, settings.seed + PROBE_SEED)

@@ -76,7 +76,7 @@ class Trainer:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         check_settings(settings, model, teacher)
-        self.processes = PartialState(cpu=not torch.cuda.is_available())
+        self.processes = processes()
         self.device = self.processes.device
         self.model, self.settings, self.mix, self.folder = model, settings, mix, folder
         self.identity, self.probed, self.calibration, self.teacher = identity, probed, calibration, teacher
@@ -287,9 +287,13 @@ class Trainer:
 
 def run_identity(settings: TrainingSettings, facts: dict[str, Any]) -> Identity:
     """All that decides a run's result: ``facts`` about model and data, the settings, and what it runs on."""
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    run = {"processes": processes.num_processes, "device": processes.device.type}
+    run = {"processes": processes().num_processes, "device": processes().device.type}
     return {**facts, "settings": dataclasses.asdict(settings), **run}
+
+
+def processes() -> PartialState:
+    """This process among those that train together."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def check_settings(settings: TrainingSettings, model: SenriForCausalLM, teacher: Any) -> None:
