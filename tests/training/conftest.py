@@ -63,6 +63,19 @@ class Verses:
         return replace(self, length=max_length)
 
 
+class One:
+    """The same sample again and again."""
+
+    def __init__(self, sample):
+        self.sample = sample
+
+    def __getitem__(self, index):
+        return self.sample
+
+    def at_length(self, length):
+        return self
+
+
 @pytest.fixture(scope="session")
 def verses(real_text) -> Verses:
     return Verses(real_text)

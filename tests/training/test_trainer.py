@@ -17,6 +17,8 @@ from senri.training import checkpoint
 from senri.training.settings import Stage, TrainingError
 from senri.training.trainer import TrainingStopped
 
+from .conftest import One
+
 TIMES = ("tokens_per_second",)
 
 
@@ -81,19 +83,6 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_in_one_go(make_trainer, verse
     assert log_of(resumed) == log_of(straight)
     assert [e["max_length"] for e in log_of(straight)] == [20] * 4 + [30] * 2
     assert ["probe" in e for e in log_of(straight)] == [False, False, True] * 2
-
-
-class One:
-    """The same sample again and again."""
-
-    def __init__(self, sample):
-        self.sample = sample
-
-    def __getitem__(self, index):
-        return self.sample
-
-    def at_length(self, length):
-        return self
 
 
 def test_training_learns(make_trainer, verses):
