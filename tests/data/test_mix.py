@@ -13,8 +13,9 @@ import pytest
 from senri.data import ruler, training_facts, words
 from senri.data.babilong import TAIL, Story, instruction
 from senri.data.corpus import Document, split_documents
-from senri.data.haystack import BookHaystack, encode
+from senri.data.haystack import BookHaystack, Stretch, encode
 from senri.data.mix import PARTS, TrainingMix
+from senri.data.names import find_cloze
 from senri.data.needle_tasks import HELD_OUT, NIAH, RULER_NIAH
 from senri.data.needle_tasks import KINDS as HELD_OUT_KINDS
 from senri.data.samples import SampleError
@@ -469,6 +470,16 @@ def test_a_name_comes_again_beyond_the_window(make, real_tokenizer):
         after = real_tokenizer.decode(sample.ids[stop:]).rstrip()
         assert re.search(r"[.!?][\"')]*$", after), "a whole sentence"
         assert (sample.write[start:stop] == -1).all()
+
+
+def test_a_name_behind_a_quotation_mark_is_seen_too(real_tokenizer):
+    calm = " The sea was calm and the wind was low." * 30
+    for between, expected in ((calm, True), (f'{calm} "Netherfield is let," he said.', False)):
+        text = f"They left for Netherfield at last.{calm}{between} Then they saw Netherfield again. Nobody spoke."
+        books = BookHaystack([Document("x", text)], real_tokenizer)
+        ids = books.ids(0)
+        stretch = Stretch(ids, books.cuts(ids), "x")
+        assert (find_cloze(stretch, real_tokenizer, len(ids) - 4, 200, Random(0)) is not None) == expected
 
 
 def test_a_story_is_told_in_the_text_and_asked_as_in_the_evaluation(make, real_tokenizer):
