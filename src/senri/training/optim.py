@@ -54,8 +54,8 @@ def parameter_groups(parameters: dict[str, nn.Parameter], settings: TrainingSett
 
 def group_of(name: str, parameter: nn.Parameter) -> str:
     """``gates`` (of the memory: write, read, forget and mix gates, norms) | ``matrices`` | ``vectors``."""
-    _, of_memory, rest = name.partition(".memory.")
-    if of_memory and ("gate" in rest or "norm" in rest):  # the base's own gate_proj is no gate
+    added = name.partition(".memory.")[2]  # empty for the base, whose gate_proj is no gate
+    if "gate" in added or "norm" in added:
         return "gates"
     return "matrices" if parameter.dim() > 1 else "vectors"
 
