@@ -51,7 +51,7 @@ def main() -> None:
             if variant == "calibrated":
                 memory.load_state_dict(calibrated)
             if variant == "uncalibrated":
-                memory.read_gate.bias.data.copy_(calibrated["read_gate.bias"])
+                memory.read_gate.scale.data.copy_(calibrated["read_gate.scale"])
             accuracy, loss = second_reading(model, ids, pairs)
             cells.append(f"{accuracy:.1%}, {loss:.2f}")
         print(f"| {pairs} | {pairs - 1} | " + " | ".join(cells) + " |", flush=True)

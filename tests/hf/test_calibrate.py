@@ -81,7 +81,7 @@ def test_inside_the_window_the_base_is_unchanged(make_base, make_senri, tokens, 
     assert torch.equal(model(inside).logits, base(inside).logits)
     past = ids[None, :60]
     if options == HEAD:  # on a random model any gate may predict best, none too
-        next(iter(model.model.memories.values())).read_gate.bias.data.fill_(1.0)
+        next(iter(model.model.memories.values())).read_gate.scale.data.fill_(1.0)
     silent = convert_to_senri(base, sliding_window_size=7, num_memory_layers=0)
     differs = (model(past).logits - silent(past).logits).abs().max() > 1e-3
     assert differs == (options == HEAD), "the head read-out speaks from now on, the layer's needs training"
@@ -95,11 +95,11 @@ def test_the_read_gate_is_the_one_that_predicts_best(make_senri, tokens):
 
     def loss(gates):
         for index, gate in gates.items():
-            model.model.memories[index].read_gate.bias.fill_(gate)
+            model.model.memories[index].read_gate.scale.fill_(gate)
         return F.cross_entropy(model(twice[None]).logits[0, :-1], twice[1:]).item()
 
-    biases = {i: memory.read_gate.bias.item() for i, memory in model.model.memories.items()}
-    assert biases == pytest.approx(report.read_gate)
+    scales = {i: memory.read_gate.scale[0].item() for i, memory in model.model.memories.items()}
+    assert scales == pytest.approx(report.read_gate)
     assert loss(report.read_gate) == pytest.approx(report.loss_with, rel=1e-6)
     assert loss(dict.fromkeys(report.read_gate, 0.0)) == pytest.approx(report.loss_without, rel=1e-6)
     assert report.loss_with < report.loss_without - 0.05
@@ -182,6 +182,6 @@ def test_on_the_real_model_a_passage_that_comes_again_is_recalled(make_real, rea
         return (logits.argmax(-1) == passage[0, 16:]).float().mean().item()
 
     with_memory = hits()
-    model.model.memories[10].read_gate.bias.zero_()
+    model.model.memories[10].read_gate.scale.zero_()
     silent = hits()
     assert with_memory > silent + 0.1, (with_memory, silent)

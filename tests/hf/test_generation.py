@@ -138,7 +138,7 @@ def test_assisted_decoding_is_refused(make_senri, tokens):
 def test_real_weights(make_real, real_ids, real_tokenizer):
     model = make_real(random=True, memory_readout="head", update_rule="delta_token")
     for layer in model.config.memory_layers:
-        model.model.layers[layer].memory.read_gate.weight.mul_(0.05)
+        model.model.layers[layer].memory.read_gate.scale.mul_(0.05)
     ids = real_ids(500_000, 45)
     greedy = generate(model, ids, do_sample=False)
     assert torch.equal(greedy, full_forward_greedy(model, ids))

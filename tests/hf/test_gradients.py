@@ -65,7 +65,7 @@ def test_inside_the_window_the_memory_gets_no_gradient(make_senri, tokens, optio
 def test_at_its_silent_start_the_branch_can_begin_to_learn(make_senri, tokens, options):
     model, ids = make_senri(random=False, **options).train(), tokens(2, 30)
     model(ids, labels=ids).loss.backward()
-    gate = "read_gate.weight" if options["memory_readout"] == "head" else "o_proj.weight"
+    gate = "read_gate.scale" if options["memory_readout"] == "head" else "o_proj.weight"
     for layer in model.config.memory_layers:
         memory = model.model.layers[layer].memory
         assert memory.get_parameter(gate).abs().max() == 0

@@ -133,7 +133,7 @@ def test_positions_that_only_count_up_pack_nothing(make_senri, tokens):
 def test_real_weights(make_real, real_ids):
     model = make_real(random=True, memory_readout="head", update_rule="delta_token", write_gate="surprise")
     for layer in model.config.memory_layers:
-        model.model.layers[layer].memory.read_gate.weight.mul_(0.1)
+        model.model.layers[layer].memory.read_gate.scale.mul_(0.1)
     rows = [real_ids(10_000, 70)[0], real_ids(90_000, 45)[0]]
     ids, mask = left_padded(rows, pad=2)
     batch = model(ids, attention_mask=mask)

@@ -143,13 +143,13 @@ def test_a_state_taken_out_is_independent_and_can_be_put_back(make_senri, tokens
 @pytest.mark.parametrize("options", CASES, ids=name)
 @torch.no_grad()
 def test_flush_writes_what_the_window_holds_once(make_senri, tokens, options):
-    """The same writes as by reading on, and nothing of what was read on."""
+    """The same writes as when padding pushes the window out, for nothing follows a text's last token."""
     model, ids = make_senri(**options), tokens(2, 33)
     model.reset_memory(2)
     model(ids)
     assert [m.written.tolist() for m in memories(model)] == [[26, 26]] * 2
     on = model.get_memory_state()
-    model(tokens(2, 7, seed=5), past_key_values=on)
+    model(tokens(2, 7, seed=5), attention_mask=torch.zeros(2, 7), past_key_values=on)
     model.flush()
     for flushed, layer in zip(memories(model), [on.state.layers[i].memory.memory for i in (1, 2)], strict=True):
         assert flushed.written.tolist() == [33, 33]

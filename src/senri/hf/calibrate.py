@@ -152,8 +152,7 @@ def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, 
     memories = model.model.memories
     reads: dict[int, list[Tensor]] = {}
     for memory in memories.values():
-        memory.read_gate.weight.zero_()
-        memory.read_gate.bias.zero_()
+        memory.read_gate.reset_parameters()
     trunk = model.model(twice[None], use_cache=False).last_hidden_state[0, :-1]
     hooks = [
         memory.register_forward_hook(
@@ -162,7 +161,7 @@ def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, 
         for index, memory in memories.items()
     ]
     for memory in memories.values():
-        memory.read_gate.bias.fill_(1.0)
+        memory.read_gate.scale.fill_(1.0)
     try:
         model.model(twice[None], use_cache=False)
     finally:
@@ -179,7 +178,7 @@ def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, 
             if loss < best:
                 best, chosen[index] = loss, gate
         trunk = trunk + chosen[index] * read
-        memory.read_gate.bias.fill_(chosen[index])
+        memory.read_gate.scale.fill_(chosen[index])
     return chosen, loss_without, best
 
 

@@ -16,9 +16,90 @@ from senri.memory import MemoryState, feature_dim, scan
 from senri.memory.rules import RULES
 
 
+WRITE_GATE_WIDTH = 64  # hidden units
+STRETCH = (-0.1, 1.1)  # of the write gate's sigmoid, before it is cut to [0, 1]
+MATCH = 8.0  # how much a read of length 1 opens the read gate at first, as a logit
+
+
 def _full(x: Tensor) -> Tensor:
     """At least float32: gates and normalisation are not left to half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class WriteGate(nn.Module):
+    """How strongly each pair is written, in [0, 1] per memory: a two-layer perceptron of the token and the one after it.
+
+    A pair is written W tokens after its token was read, so the next token, and the model's surprise, are known by then.
+    The sigmoid is stretched beyond [0, 1] and cut, so that 0 (not written at all) and 1 are reached exactly: the hard
+    concrete distribution without its noise (Louizos et al. 2018, arXiv:1712.01312, eq. 11).
+
+    Args:
+        hidden_size: width of the layer's input.
+        num_memories: gates for each token.
+        surprise: whether the token's surprise is an input.
+    """
+
+    def __init__(self, hidden_size: int, num_memories: int, *, surprise: bool) -> None:
+        super().__init__()
+        self.surprise = surprise
+        self.in_proj = nn.Linear(2 * hidden_size + int(surprise), WRITE_GATE_WIDTH)
+        self.out_proj = nn.Linear(WRITE_GATE_WIDTH, num_memories)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start values: gates that can move, open to all tokens alike."""
+        start = torch.empty(self.in_proj.weight.shape, device="cpu", dtype=torch.float32)
+        nn.init.xavier_uniform_(start, generator=torch.Generator("cpu").manual_seed(0))
+        self.in_proj.weight.copy_(start)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.constant_(self.out_proj.bias, 2.0)  # gate 0.96, slope 0.13
+
+    def logits(self, hidden: Tensor, following: Tensor, surprise: Tensor | None = None) -> Tensor:
+        """``[B, T, memories]``, at least float32.
+
+        Args:
+            hidden: the layer's inputs ``[B, T, hidden]``; following: those of the token after each.
+            surprise: ``[B, T]`` nats.
+        """
+        parts = [hidden, following]
+        if self.surprise:
+            assert surprise is not None
+            parts.append(surprise[..., None].to(hidden.dtype))
+        return _full(self.out_proj(F.gelu(self.in_proj(torch.cat(parts, -1)))))
+
+    def forward(self, hidden: Tensor, following: Tensor, surprise: Tensor | None = None) -> Tensor:
+        """The gates ``[B, T, memories]``; arguments as for :meth:`logits`."""
+        low, high = STRETCH
+        return ((high - low) * self.logits(hidden, following, surprise).sigmoid() + low).clamp(0.0, 1.0)
+
+
+class ReadGate(nn.Module):
+    """How loudly each query head's read speaks: ``scale * sigmoid(w h + b + match |read|)``.
+
+    Keys, queries and values are of unit length, so the read of a stored pair is long and that of an unknown query short:
+    the gate opens where the memory knows something.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, num_heads)
+        self.match = nn.Parameter(torch.empty(num_heads))
+        self.scale = nn.Parameter(torch.empty(num_heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start values: silent, half open at a read of length 1/2."""
+        nn.init.zeros_(self.proj.weight)
+        nn.init.constant_(self.proj.bias, -MATCH / 2)
+        nn.init.constant_(self.match, MATCH)
+        nn.init.zeros_(self.scale)
+
+    def forward(self, hidden: Tensor, read: Tensor) -> Tensor:
+        """``hidden`` ``[B, T, hidden]``, ``read`` ``[B, T, H, D]`` -> ``[B, T, H, 1]``, at least float32."""
+        length = _full(read).square().sum(-1).clamp(min=1e-12).sqrt()  # the norm's gradient at 0 is no number
+        gate = (_full(self.proj(hidden)) + _full(self.match) * length).sigmoid()
+        return (_full(self.scale) * gate)[..., None]
 
 
 class MemoryStream(NamedTuple):
@@ -48,11 +129,11 @@ class MemoryAttention(nn.Module):
         window: W, in tokens.
         rule, feature_map, chunk_size, segment_size: see :func:`senri.memory.scan`.
         conv_size: taps K of a causal depthwise convolution on q, k and v; 0 for none (Gated DeltaNet, section 3.3).
-        write_gate: ``none`` | ``hidden`` (from the layer's input) | ``surprise`` (and the token's negative log
+        write_gate: ``none`` | ``hidden`` (see :class:`WriteGate`) | ``surprise`` (and the token's negative log
             likelihood under the window-only model).
         readout: ``layer``: values from the layer's input, read into the residual through a zero-init projection;
-            ``head``: values are token embeddings, read added to the final hidden state under a zero-init gate, so
-            that the tied embedding turns it into logits;
+            ``head``: values are token embeddings, read added to the final hidden state under a zero-init gate
+            (:class:`ReadGate`), so that the tied embedding turns it into logits;
             ``mix``: as ``layer``, but returned per head for Infini-attention's gate.
     """
 
@@ -75,7 +156,7 @@ class MemoryAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.window, self.taps = window, max(conv_size, 1)
-        self.rule, self.write_gate, self.readout = rule, write_gate, readout
+        self.rule, self.selective, self.readout = rule, write_gate != "none", readout
         self.feature_map = feature_map or RULES[rule].feature_map
         self.chunk_size, self.segment_size = chunk_size, segment_size
         query_size, key_size = num_heads * head_dim, num_key_value_heads * head_dim
@@ -90,13 +171,11 @@ class MemoryAttention(nn.Module):
             if readout != "head":  # the values of the head read-out are single tokens
                 self.v_conv = nn.Parameter(torch.empty(key_size, conv_size))
         if write_gate != "none":
-            self.write_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
-        if write_gate == "surprise":
-            self.write_gate_surprise = nn.Parameter(torch.empty(num_key_value_heads))
+            self.write_gate = WriteGate(hidden_size, num_key_value_heads, surprise=write_gate == "surprise")
         if rule == "gated_delta":
             self.forget_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
         if readout == "head":
-            self.read_gate = nn.Linear(hidden_size, 1)
+            self.read_gate = ReadGate(hidden_size, num_heads)
         if readout == "mix":
             self.mix_gate = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
@@ -126,13 +205,9 @@ class MemoryAttention(nn.Module):
         if self.readout == "head":
             # the transpose of v_proj: what was put in as an embedding comes out as one
             self.o_proj.weight.copy_(self.for_query_heads(self.v_proj.weight).T / self._groups)
-            nn.init.zeros_(self.read_gate.weight)
-            nn.init.zeros_(self.read_gate.bias)
-        if self.write_gate != "none":
-            nn.init.zeros_(self.write_gate_proj.weight)
-            nn.init.constant_(self.write_gate_proj.bias, 2.0)  # sigmoid 0.88, slope 0.1
-        if self.write_gate == "surprise":
-            nn.init.zeros_(self.write_gate_surprise)
+            self.read_gate.reset_parameters()
+        if self.selective:
+            self.write_gate.reset_parameters()
         if self.rule == "gated_delta":
             nn.init.zeros_(self.forget_gate_proj.weight)
             nn.init.constant_(self.forget_gate_proj.bias, -8.0)  # half-life of about 2000 tokens
@@ -187,15 +262,16 @@ class MemoryAttention(nn.Module):
             feature_map=self.feature_map,
             chunk_size=self.chunk_size,
             segment_size=self.segment_size,
-            beta=self._write_strength(leaving, stream, steps),
+            beta=self._write_strength(inputs, stream, steps),
             log_alpha=self._log_forget(leaving),
             mask=stream.valid[:, taps - 1 : taps - 1 + steps],
         )
         new_state = MemoryLayerState(memory, inputs[:, steps:])
         if self.readout == "mix":
             return out.to(hidden.dtype), new_state
-        out = self.o_proj(out.to(hidden.dtype).flatten(2))
-        return (self.read_gate(hidden) * out if self.readout == "head" else out), new_state
+        if self.readout == "head":
+            out = self.read_gate(hidden, out) * out
+        return self.o_proj(out.to(hidden.dtype).flatten(2)), new_state
 
     def read_mask(self, stream: MemoryStream, state: MemoryLayerState, steps: int) -> Tensor:
         """``[B, T]``: whether anything was written when each position reads (``state``: before the call)."""
@@ -225,15 +301,15 @@ class MemoryAttention(nn.Module):
         ids = stream.ids[:, self.taps - 1 : self.taps - 1 + steps]
         return F.normalize(_full(self.v_proj(F.embedding(ids, embedding))), dim=-1)
 
-    def _write_strength(self, leaving: Tensor, stream: MemoryStream, steps: int) -> Tensor | None:
-        if self.write_gate == "none":
+    def _write_strength(self, inputs: Tensor, stream: MemoryStream, steps: int) -> Tensor | None:
+        """Gates ``[B, T, H]`` of the leaving tokens; ``inputs`` ``[B, W + K - 1 + T, hidden]``."""
+        if not self.selective:
             return None
-        logit = _full(self.write_gate_proj(leaving))
-        if self.write_gate == "surprise":
-            assert stream.surprise is not None
-            surprise = stream.surprise[:, self.taps - 1 : self.taps - 1 + steps]
-            logit = logit + self.write_gate_surprise * surprise[..., None]
-        return logit.sigmoid()
+        part = slice(self.taps - 1, self.taps - 1 + steps)
+        after = slice(self.taps, self.taps + steps)
+        following = inputs[:, after] * stream.valid[:, after, None]  # nothing follows a text's last token
+        surprise = None if stream.surprise is None else stream.surprise[:, part]
+        return self.write_gate(inputs[:, part], following, surprise)
 
     def _log_forget(self, leaving: Tensor) -> Tensor | None:
         return -F.softplus(_full(self.forget_gate_proj(leaving))) if self.rule == "gated_delta" else None
