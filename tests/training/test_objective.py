@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from senri.data.training_sample import TrainingSample
-from senri.layers.memory_attention import MemoryAttention
 from senri.training.batch import collate
 from senri.training.bptt import Totals, backward
 from senri.training.objective import token_losses
@@ -21,39 +19,14 @@ from .conftest import SETTINGS, One
 ONLY_WRITES = replace(SETTINGS, write_loss_weight=1.0)
 
 
-class StandIn(nn.Module):
-    """The interface of the memory's write gate."""
-
-    def __init__(self, memory):
-        super().__init__()
-        self.proj, self.slope = memory.write_gate_proj, getattr(memory, "write_gate_surprise", None)
-
-    def logits(self, hidden, surprise=None):
-        logit = self.proj(hidden)
-        return logit if self.slope is None else logit + self.slope * surprise[..., None]
-
-    def forward(self, hidden, surprise=None):
-        return self.logits(hidden, surprise).sigmoid()
-
-
 @pytest.fixture
-def make_gated(make_senri, monkeypatch):
-    """``(**config)`` -> a tiny model whose memories have a module ``write_gate``."""
+def make_gated(make_senri):
+    """``(**config)`` -> a tiny model with write gates, of which the memory learns."""
 
     def make(**config):
         model = make_senri(**{"write_gate": "hidden", "memory_readout": "head", "memory_conv_size": 2} | config).train()
-        for memory in model.model.memories.values():
-            if not isinstance(memory.write_gate, nn.Module):
-                memory.write_gate = StandIn(memory)
-                monkeypatch.setattr(MemoryAttention, "_write_strength", strength)
         choose_trainable(model, "memory", 0)
         return model
-
-    def strength(self, leaving, stream, steps):
-        surprise = stream.surprise
-        return self.write_gate(
-            leaving, None if surprise is None else surprise[:, self.taps - 1 : self.taps - 1 + steps]
-        )
 
     return make
 
@@ -84,7 +57,8 @@ def test_the_write_loss_is_that_of_every_labelled_token(make_gated, verses, piec
     target = torch.from_numpy(sample.write).double()[None, :, None]
     losses = []
     for i, memory in model.model.memories.items():
-        logits = memory.write_gate.logits(inputs[i], None)
+        following = F.pad(inputs[i][:, 1:], (0, 0, 0, 1))  # nothing follows the last token
+        logits = memory.write_gate.logits(inputs[i], following)
         losses.append(F.binary_cross_entropy_with_logits(logits, target.expand_as(logits)))
     expected = torch.stack(losses).mean()
     assert sums["write_loss"] == pytest.approx(expected.item(), rel=1e-6)

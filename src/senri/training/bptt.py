@@ -160,16 +160,14 @@ class _Pass:
 
     def _gates(self, labels: Tensor) -> None:
         """Add what the write gates said of tokens with ``labels`` ``[B, T']``."""
-        logits = self.recorder.write_logits()
-        if not logits:
+        gates = self.recorder.write_gates()
+        if gates is None:
             return
-        with torch.no_grad():
-            beta = torch.stack([layer.sigmoid().mean(-1) for layer in logits]).mean(0)
-            for name, found in (("plain", labels == 0), ("asked", labels == 1)):
-                self.sums[f"write/{name}"] += float(beta[found].sum())
-                self.sums[f"tokens/{name}"] += int(found.sum())
+        for name, found in (("plain", labels == 0), ("asked", labels == 1)):
+            self.sums[f"write/{name}"] += float(gates[found].sum())
+            self.sums[f"tokens/{name}"] += int(found.sum())
         if self.supervised:
-            loss = write_gate_loss(logits, labels)
+            loss = write_gate_loss(self.recorder.write_logits(), labels)
             self.loss = self.loss + self.settings.write_loss_weight * loss / self.totals.labels
             self.sums["write_loss"] += float(loss.detach().sum()) / self.totals.labels
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,22 +82,25 @@ class GateRecorder:
 
     def __init__(self, model: SenriForCausalLM) -> None:
         self.memories = list(model.model.memories.values())
-        self.logits: dict[int, list[Tensor]] = {}  # by layer: of the tokens that left the window, [B, T, H]
-        self.reads: dict[int, list[Tensor]] = {}  # by layer: of the tokens that came in, [B, T, 1]
+        # by layer: of the tokens that left the window, [B, T, H]
+        self.logits: dict[int, list[Tensor]] = {}
+        self.writes: dict[int, list[Tensor]] = {}
+        # by layer: of the tokens that came in, [B, T, H, 1]
+        self.reads: dict[int, list[Tensor]] = {}
         self._on = False
         self._hooks: list[RemovableHandle] = []
 
     @property
     def has_write_gate(self) -> bool:
         """Whether there is a write gate at all."""
-        return any(isinstance(memory.write_gate, nn.Module) for memory in self.memories)
+        return any(memory.selective for memory in self.memories)
 
     def __enter__(self) -> GateRecorder:
         for i, memory in enumerate(self.memories):
-            if isinstance(memory.write_gate, nn.Module):
-                self._hooks.append(memory.write_gate.register_forward_hook(self._hook(self.logits, i, logits=True)))
+            if memory.selective:
+                self._hooks.append(memory.write_gate.register_forward_hook(self._write_hook(i)))
             if memory.readout == "head":
-                self._hooks.append(memory.read_gate.register_forward_hook(self._hook(self.reads, i)))
+                self._hooks.append(memory.read_gate.register_forward_hook(self._read_hook(i)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -108,8 +111,8 @@ class GateRecorder:
     @contextlib.contextmanager
     def piece(self) -> Iterator[None]:
         """Record from here on, and nothing of what was before."""
-        self.logits.clear()
-        self.reads.clear()
+        for taken in (self.logits, self.writes, self.reads):
+            taken.clear()
         self._on = True
         try:
             yield
@@ -120,16 +123,29 @@ class GateRecorder:
         """Of each memory layer ``[B, T, H]``; T are the tokens that left the window."""
         return [torch.cat(parts, 1) for parts in self.logits.values()]
 
-    def read_gates(self) -> Tensor | None:
-        """Mean over layers ``[B, T]`` of the new tokens' read gates; None where there are none."""
-        layers = [torch.cat(parts, 1)[..., 0] for parts in self.reads.values()]
+    def write_gates(self) -> Tensor | None:
+        """Mean over layers and heads ``[B, T]`` of the write gates of tokens that left; None where there are none."""
+        layers = [torch.cat(parts, 1).mean(-1) for parts in self.writes.values()]
         return torch.stack(layers).mean(0) if layers else None
 
-    def _hook(self, into: dict[int, list[Tensor]], layer: int, logits: bool = False) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def read_gates(self) -> Tensor | None:
+        """Mean over layers and heads ``[B, T]`` of the new tokens' read gates; None where there are none."""
+        layers = [torch.cat(parts, 1).mean((-1, -2)) for parts in self.reads.values()]
+        return torch.stack(layers).mean(0) if layers else None
+
+    def _write_hook(self, layer: int) -> Any:
+        def hook(gate: Any, args: tuple[Any, ...], output: Tensor) -> None:
             # always computed: when a checkpointed layer runs again it must do the same as the first time
-            value = cast(Any, module).logits(*args) if logits else output.detach()
+            logits = gate.logits(*args)
             if self._on:
-                into.setdefault(layer, []).append(value)
+                self.logits.setdefault(layer, []).append(logits)
+                self.writes.setdefault(layer, []).append(output.detach())
+
+        return hook
+
+    def _read_hook(self, layer: int) -> Any:
+        def hook(gate: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self._on:
+                self.reads.setdefault(layer, []).append(output.detach())
 
         return hook

@@ -84,11 +84,11 @@ def _read(
             if not memory:
                 cache = without_memory(cache)
                 continue
-            for logits in recorder.write_logits():
-                beta = logits[0].float().sigmoid().mean(-1).cpu().numpy()
+            beta = recorder.write_gates()
+            if beta is not None:
                 left = labels[start : start + len(piece)]
-                gates["plain"] += beta[left == 0].tolist()
-                gates["asked"] += beta[left == 1].tolist()
+                gates["plain"] += beta[0].cpu().numpy()[left == 0].tolist()
+                gates["asked"] += beta[0].cpu().numpy()[left == 1].tolist()
     return hits
 
 
