@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from senri.memory import MemoryState, feature_dim, scan
 from senri.memory.rules import RULES
 
+
 WRITE_GATE_WIDTH = 64  # hidden units
 STRETCH = (-0.1, 1.1)  # of the write gate's sigmoid, before it is cut to [0, 1]
 MATCH = 8.0  # how much a read of length 1 opens the read gate at first, as a logit
