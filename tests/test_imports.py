@@ -17,16 +17,17 @@ SRC = Path(__file__).parents[1] / "src"
 # What each part of senri may import of senri, itself aside.
 MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(),
+    "identity": set(),
     "layers": {"memory"},
     # data knows no model: reading a text is a method of the model, cutting it into tokens is data's
     "hf": {"memory", "layers", "data"},
     "lm": {"memory", "layers"},
     "data": set(),
     "session": {"memory", "layers", "hf", "lm", "data"},
-    "training": {"memory", "layers", "hf", "lm", "data", "session"},
-    "evaluation": {"memory", "layers", "hf", "lm", "data", "session"},
+    "training": {"memory", "layers", "hf", "lm", "data", "session", "identity"},
+    "evaluation": {"memory", "layers", "hf", "lm", "data", "session", "identity"},
     "config": set(),
-    "cli": {"memory", "layers", "hf", "lm", "data", "session", "training", "evaluation", "config"},
+    "cli": {"memory", "layers", "hf", "lm", "data", "session", "training", "evaluation", "config", "identity"},
     "__main__": {"cli"},
 }
 # The same for imports that wait: inside a function, or for type checkers only.

@@ -171,4 +171,4 @@ def test_the_script_for_fresh_machines_says_how_it_is_used(arguments):
     script = CONFIG.parent / "scripts" / "colab.py"
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "python scripts/colab.py test | eval" in done.stderr
+    assert "python scripts/colab.py test | train | eval" in done.stderr

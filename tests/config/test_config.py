@@ -64,6 +64,15 @@ def test_values_of_the_shipped_files() -> None:
     assert config.senri_overrides()["update_rule"] == "delta_token"
 
 
+def test_what_no_recall_takes_is_plain_text() -> None:
+    from senri.data.mix import PARTS
+
+    ratios = ConfigManager(SHIPPED).training.part_ratios
+    assert tuple(ratios) == PARTS
+    assert sum(ratios.values()) == pytest.approx(1)
+    assert ratios["needle"] == ConfigManager(SHIPPED).training.niah_ratio
+
+
 def test_to_senri_config_carries_the_overrides() -> None:
     config = ConfigManager(SHIPPED)
     senri_config = config.to_senri_config()
@@ -112,6 +121,33 @@ BAD_VALUES = [
     ("batch_size", "4", "training.yaml: batch_size: '4' is not an integer > 0"),
     ("bptt_pieces", 0, "training.yaml: bptt_pieces: 0 is not an integer > 0 or null"),
     ("seed", -1, "training.yaml: seed: -1 is not an integer >= 0 and < 4294967296"),
+    (
+        "curriculum",
+        [{"max_length": 2000}],
+        "training.yaml: curriculum[0].steps: missing key; it takes an integer > 0",
+    ),
+    ("curriculum", 5, "training.yaml: curriculum: 5 is not a list of mappings with the keys max_length, steps"),
+    (
+        "curriculum",
+        [{"max_length": 2000, "steps": 400}, {"max_length": 2100, "steps": 600}],
+        "training.yaml: curriculum: takes 1000 steps, and max_steps (1000) must be more",
+    ),
+    (
+        "curriculum",
+        [{"max_length": 1024, "steps": 4}],
+        "training.yaml: curriculum[0].max_length: 1024 must be more than senri.sliding_window_size of model.yaml "
+        "(1024), or the memory is never needed",
+    ),
+    (
+        "recall_ratios.repeat",
+        0.9,
+        "training.yaml: niah_ratio and recall_ratios: add up to 1.4, more than 1",
+    ),
+    (
+        "recall_ratios.babi",
+        0.1,
+        "training.yaml: recall_ratios.babi: needs the folder of bAbI's files in babi_folder, or must be 0",
+    ),
     ("niah_ratio", 1.5, "training.yaml: niah_ratio: 1.5 is not a finite number >= 0 and <= 1"),
     ("learning_rate", float("nan"), "training.yaml: learning_rate: nan is not a finite number > 0"),
     ("learning_rate", float("inf"), "training.yaml: learning_rate: inf is not a finite number > 0"),
@@ -154,7 +190,7 @@ def test_senri_must_be_a_mapping(folder: Path, value: object) -> None:
         ("model.yaml", "base_model_name", "some/folder"),
         ("training.yaml", "bptt_pieces", 2),
         ("training.yaml", "niah_ratio", 0),
-        ("training.yaml", "niah_ratio", 1),
+        ("training.yaml", "niah_ratio", 0.5),
         ("training.yaml", "data", ["books", "more/text.jsonl"]),
         ("training.yaml", "trainable", "memory+lora"),
         ("training.yaml", "weight_decay", 0),

@@ -19,11 +19,11 @@ from senri.evaluation.run import (
     git_revision,
     load_identity,
     open_run,
-    run_name,
     versions,
 )
 from senri.evaluation.suites import Bench
 from senri.evaluation.write import read_report
+from senri.identity import run_name
 
 MODEL = {
     "model": "/models/SmolLM2-135M",

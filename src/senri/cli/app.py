@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from senri.cli import ask, chat, convert, demo, eval, inspect, read
+from senri.cli import ask, chat, convert, demo, eval, inspect, read, train
 from senri.cli.common import warn
 
 app = typer.Typer(
@@ -34,7 +34,7 @@ def _speaks_when_interrupted(command: Callable[..., None]) -> Callable[..., None
     return wrapped
 
 
-for module in (read, ask, chat, inspect, convert, demo, eval):
+for module in (read, ask, chat, inspect, convert, demo, train, eval):
     app.command(name=module.NAME)(_speaks_when_interrupted(module.command))
 
 

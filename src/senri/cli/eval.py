@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from pathlib import Path
@@ -69,7 +70,8 @@ def compare_runs(a: Path, b: Path, output: Path | None) -> None:
 
 def run(config: ConfigManager, output: Path | None) -> Path:
     """Run what the configuration asks for, or go on with it; returns the folder with the results."""
-    from senri.evaluation.run import evaluate, open_run, run_name
+    from senri.evaluation.run import evaluate, open_run
+    from senri.identity import run_name
 
     started = time.perf_counter()
     documents = held_out(config)
@@ -95,17 +97,38 @@ def held_out(config: ConfigManager) -> list[Document]:
     """The texts to evaluate on, none of which training sees.
 
     Raises:
-        ValueError: no text, or one that training reads too.
+        ValueError: no text, or one that training reads too, or that the adapter was trained on.
     """
     from senri.data.corpus import check_disjoint, load_documents, split_documents
 
     training = load_documents(config.training.data)
     if not config.experiment.evaluation.data:
-        return split_documents(training, "evaluation")
-    documents = load_documents(config.experiment.evaluation.data)
-    trained = split_documents(training, "training")
-    check_disjoint(documents, [d.digest for d in trained], "data of training.yaml")
+        documents = split_documents(training, "evaluation")
+    else:
+        documents = load_documents(config.experiment.evaluation.data)
+        trained = split_documents(training, "training")
+        check_disjoint(documents, [d.digest for d in trained], "data of training.yaml")
+    name, notes = training_notes(config)
+    # texts of which the model was trained on the first part only: their last part may be evaluated on
+    first_parts = set(notes.get("data_parts", ()))
+    for document in documents:
+        digests = set(notes.get("data_digests", ())) - (first_parts if document.part_of else set())
+        check_disjoint([document], digests, name)
     return documents
+
+
+def training_notes(config: ConfigManager) -> tuple[str, dict[str, Any]]:
+    """What was trained, and what it says about its training: an adapter's notes, or those beside full weights."""
+    from senri.hf.adapter import read_adapter_header
+    from senri.hf.base import find_adapter
+    from senri.training.settings import NOTES
+
+    adapter = find_adapter(config.base_model_name, config.model.adapter)
+    if adapter is not None:
+        return f"the adapter {adapter.name}", read_adapter_header(adapter)["notes"]
+    beside = Path(config.base_model_name) / NOTES
+    notes = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    return f"the model {config.base_model_name}", notes
 
 
 def prepare(config: ConfigManager, session: Session, documents: list[Document]) -> tuple[Any, list[Suite], dict]:

@@ -157,15 +157,31 @@ def _contradictions(model: ModelConfig | None, training: TrainingConfig | None) 
         errors.append(
             f"{TRAINING}: warmup_steps: {training.warmup_steps} is more than max_steps ({training.max_steps})"
         )
+    if training is not None:
+        errors += _impossible_plans(training)
     if model is not None and training is not None and "sliding_window_size" in model.senri:
         errors += _fits_window(training, model.senri["sliding_window_size"])
     return errors
 
 
+def _impossible_plans(training: TrainingConfig) -> list[str]:
+    errors = []
+    taken = sum(stage.steps for stage in training.curriculum)
+    if taken >= training.max_steps:
+        errors.append(f"{TRAINING}: curriculum: takes {taken} steps, and max_steps ({training.max_steps}) must be more")
+    asked = training.niah_ratio + sum(training.recall_ratios.model_dump().values())
+    if asked > 1 + 1e-9:
+        errors.append(f"{TRAINING}: niah_ratio and recall_ratios: add up to {asked:.3g}, more than 1")
+    if training.recall_ratios.babi and training.babi_folder is None:
+        errors.append(f"{TRAINING}: recall_ratios.babi: needs the folder of bAbI's files in babi_folder, or must be 0")
+    return errors
+
+
 def _fits_window(training: TrainingConfig, window: int) -> list[str]:
-    if training.max_length > window:
-        return []
+    stages = {f"curriculum[{i}].max_length": stage.max_length for i, stage in enumerate(training.curriculum)}
     return [
-        f"{TRAINING}: max_length: {training.max_length} must be more than senri.sliding_window_size of "
-        f"{MODEL} ({window}), or the memory is never needed"
+        f"{TRAINING}: {key}: {length} must be more than senri.sliding_window_size of {MODEL} ({window}), or the "
+        "memory is never needed"
+        for key, length in {**stages, "max_length": training.max_length}.items()
+        if length <= window
     ]

@@ -92,6 +92,8 @@ def _list_of(schema: Schema, root: Schema) -> str:
     items = _resolve(schema["items"], root)
     if choices := _choices(items):
         return f"{many} any of: {', '.join(choices)}"
+    if items["type"] == "object":
+        return f"{many} {_allowed(items, root).removeprefix('a ').replace('mapping', 'mappings', 1)}"
     one = _allowed(items, root).removeprefix("an ").removeprefix("a ")
     noun, _, bounds = one.partition(" >")
     return f"{many} {noun}s" + (f" >{bounds}" if bounds else "")

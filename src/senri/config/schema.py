@@ -90,25 +90,59 @@ class ModelConfig(Section):
     senri: SenriOverrides = SenriOverrides()
 
 
+class StageConfig(Section):
+    """One of `curriculum` of training.yaml."""
+
+    max_length: Positive
+    steps: Positive
+
+
+class RecallRatios(Section):
+    """`recall_ratios` of training.yaml."""
+
+    overwritten: Ratio
+    chain: Ratio
+    repeat: Ratio
+    names: Ratio
+    babi: Ratio
+
+
 class TrainingConfig(Section):
     """training.yaml."""
 
     data: tuple[Text, ...]
     batch_size: Positive
     max_length: Positive
+    curriculum: tuple[StageConfig, ...]
     niah_ratio: Ratio
+    recall_ratios: RecallRatios
+    chat_ratio: Ratio
+    babi_folder: Text | None
     seed: Seed
     trainable: Trainable
+    lora_rank: Positive
+    init_adapter: Text
+    piece_length: Positive
     bptt_pieces: Positive | None
+    write_loss_weight: NonNegativeReal
+    distillation_weight: NonNegativeReal
     learning_rate: PositiveReal
     gate_learning_rate: PositiveReal
     weight_decay: NonNegativeReal
+    max_grad_norm: PositiveReal
     max_steps: Positive
     warmup_steps: Count
     gradient_accumulation_steps: Positive
     gradient_checkpointing: Flag
     bf16: Flag
     save_steps: Positive
+    probe_steps: Positive
+
+    @property
+    def part_ratios(self) -> dict[str, float]:
+        """The share of each part of the training data; what is asked for nowhere is plain text."""
+        parts = {"needle": self.niah_ratio, **self.recall_ratios.model_dump()}
+        return {"book": max(1 - sum(parts.values()), 0.0), **parts}
 
 
 class ReadingConfig(Section):

@@ -11,9 +11,10 @@ from scipy import stats
 
 from senri.evaluation.recall import Cell, Record, group, share_series, tokens
 from senri.evaluation.report import Curves, Report, Section, Table, Value
-from senri.evaluation.run import RECORDS, differences, load_identity, versions
+from senri.evaluation.run import RECORDS, load_identity, versions
 from senri.evaluation.runner import MEMORY, read_records
 from senri.evaluation.statistics import mean, separate
+from senri.identity import differences
 
 NAMES = ("A", "B")
 

@@ -16,9 +16,8 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria, Stopp
 
 from senri.data.samples import Question
 from senri.evaluation.scoring import cut, decided
-from senri.hf.cache import LayerState, SenriCache
+from senri.hf.cache import SenriCache, without_memory
 from senri.hf.modeling_senri import SenriForCausalLM
-from senri.memory.state import MemoryState, map_tensors
 
 SNAPSHOTS = 24  # states kept of one reading; at W = 1024 of SmolLM2 each takes 26 MB
 FIRST_INTERVAL = 2048  # tokens from one of them to the next, until there are too many
@@ -188,22 +187,6 @@ class FullAttentionReader:
         for layer in self._cache.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
-
-
-def without_memory(state: SenriCache) -> SenriCache:
-    """The same window with an empty memory, into which nothing of what was read so far will be written."""
-    fork = state.fork()
-    assert fork.state is not None
-    memories = (layer.memory and map_tensors(torch.zeros_like, layer.memory.memory) for layer in fork.state.layers)
-    layers = tuple(_with(layer, memory) for layer, memory in zip(fork.state.layers, memories, strict=True))
-    fork.state = fork.state._replace(layers=layers, valid=torch.zeros_like(fork.state.valid))
-    return fork
-
-
-def _with(layer: LayerState, memory: MemoryState | None) -> LayerState:
-    if memory is None or layer.memory is None:
-        return layer
-    return layer._replace(memory=layer.memory._replace(memory=memory))
 
 
 class _Path:

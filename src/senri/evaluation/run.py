@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,15 +17,9 @@ from senri.evaluation.runner import Log
 from senri.evaluation.suites import Bench, Suite
 from senri.evaluation.write import write_report
 from senri.hf.memory_file import write_atomically
+from senri.identity import Identity, differences
 
 IDENTITY, RECORDS, STARTS = "run.json", "records.jsonl", "starts.jsonl"
-Identity = dict[str, Any]  # all that decides the results, as JSON values
-
-
-def run_name(identity: Identity) -> str:
-    """A folder name that is the same for the same settings, model and texts, and for no others."""
-    text = json.dumps(identity, sort_keys=True)
-    return f"{Path(str(identity['model'])).name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def open_run(folder: Path, identity: Identity) -> Log:
@@ -70,14 +62,6 @@ def load_identity(folder: Path) -> Identity:
     if not isinstance(identity, dict):
         raise ValueError(f"{folder / IDENTITY} is not what an evaluation writes: remove the folder")
     return identity
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """The dotted names of the values in which two identities differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = old.keys() | new.keys()
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if old == new else [name]
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,18 @@ CONFIG_FIELDS = (
 )
 
 
+LORA_SCALE = 2
+LORA_TARGETS = r".*\.self_attn\.[qkvo]_proj"
+_LORA = ".lora_"
+
+
+def add_lora(model: SenriForCausalLM, rank: int) -> None:
+    """Put LoRA of ``rank`` on the base's attention projections, in place (Hu et al. 2022)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=LORA_TARGETS), model)
+
+
 def adapter_weights(model: SenriForCausalLM) -> dict[str, Tensor]:
     """The parameters that conversion added, by name."""
     return {name: p for name, p in model.named_parameters() if ".memory." in name}
@@ -43,24 +56,33 @@ def adapter_weights(model: SenriForCausalLM) -> dict[str, Tensor]:
 
 def base_fingerprint(model: SenriForCausalLM) -> str:
     """Fingerprint of the weights that an adapter goes onto: all but the added ones."""
-    return fingerprint((name, p) for name, p in model.named_parameters() if ".memory." not in name)
+    return fingerprint(
+        (name.replace(".base_layer.", "."), p)
+        for name, p in model.named_parameters()
+        if ".memory." not in name and _LORA not in name
+    )
 
 
 def save_adapter(model: SenriForCausalLM, path: str | Path, **notes: Any) -> None:
     """Write the added weights (bfloat16) with the configuration they need; ``notes`` are JSON values kept beside it.
 
+    The weights of :func:`add_lora` are among them.
+
     Raises:
-        ValueError: the model is wrapped by PEFT.
+        ValueError: the model is wrapped by PEFT in another way.
         MemoryFileError: the file cannot be written; nothing is left behind.
     """
-    if any("lora_" in name or "base_layer" in name for name, _ in model.named_parameters()):
+    lora = {name: p for name, p in model.named_parameters() if _LORA in name}
+    ours = all(_is_ours(model, name.partition(_LORA)[0]) for name in lora)
+    if not ours or (not lora and any("base_layer" in name for name, _ in model.named_parameters())):
         raise ValueError("the model is wrapped by PEFT: merge_and_unload() it first, or save PEFT's adapter with PEFT")
     header = {
         "config": {name: getattr(model.config, name) for name in CONFIG_FIELDS},
         "base_fingerprint": base_fingerprint(model),
         "notes": notes,
     }
-    tensors = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in adapter_weights(model).items()}
+    added = {**adapter_weights(model), **lora}
+    tensors = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in added.items()}
     write_atomically(Path(path), serialize(tensors, metadata={"senri_adapter": json.dumps(header)}))
 
 
@@ -80,6 +102,12 @@ def read_adapter_header(path: str | Path) -> dict[str, Any]:
     if "senri_adapter" not in metadata:
         raise ValueError(f"{path} is a safetensors file but no Senri adapter")
     return json.loads(metadata["senri_adapter"])
+
+
+def has_lora(path: str | Path) -> bool:
+    """Whether an adapter file changes the base too, by LoRA."""
+    with safe_open(path, framework="pt") as file:
+        return any(_LORA in name for name in file.keys())  # noqa: SIM118
 
 
 @torch.no_grad()
@@ -102,8 +130,26 @@ def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriF
     ours = adapter_weights(model)
     with safe_open(path, framework="pt") as file:
         theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    lora = {name: theirs.pop(name) for name in list(theirs) if _LORA in name}
     if {n: t.shape for n, t in theirs.items()} != {n: p.shape for n, p in ours.items()}:
         raise ValueError(f"{path} does not fit its own configuration: it is damaged, make it again")
     for name, parameter in ours.items():
         parameter.copy_(theirs[name])
+    _merge_lora(model, lora)
     return model
+
+
+def _merge_lora(model: SenriForCausalLM, lora: dict[str, Tensor]) -> None:
+    """Add the low-rank differences to the weights they are of."""
+    for name, down in lora.items():
+        if ".lora_A." in name:
+            up = lora[name.replace(".lora_A.", ".lora_B.")]
+            weight = model.get_parameter(name.partition(_LORA)[0] + ".weight")
+            difference = LORA_SCALE * (up.float() @ down.float()).to(weight.device)
+            weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + difference)
+
+
+def _is_ours(model: SenriForCausalLM, module: str) -> bool:
+    """Whether LoRA on a module is of :func:`add_lora`."""
+    scaling = getattr(model.get_submodule(module), "scaling", {})
+    return re.fullmatch(LORA_TARGETS, module) is not None and set(scaling.values()) == {LORA_SCALE}

@@ -86,17 +86,34 @@ def load_model(
         model = SenriForCausalLM.from_pretrained(place, dtype=dtype or "auto", **free)
         check_same(model.config.to_dict(), config_overrides, f"the model in {place}", "leave it out")
         return model.eval(), tokenizer
-    if adapter == "default":
-        shipped = ADAPTERS / f"{name}.safetensors"
-        # a name may be a path, whose neighbour is no adapter that ships
-        adapter = shipped if shipped.parent == ADAPTERS and shipped.is_file() else "none"
+    path = find_adapter(name, adapter)
     base = load_pretrained(place)
     base = base if dtype is None else base.to(dtype)
-    if adapter == "none":
+    if path is None:
         return convert_to_senri(base, **config_overrides), tokenizer
-    fixed, owner = read_adapter_header(adapter)["config"], f"the adapter {Path(adapter).name}"
+    fixed, owner = read_adapter_header(path)["config"], f"the adapter {path.name}"
     check_same(fixed, config_overrides, owner, "leave it as it is, or set adapter to none")
-    return load_adapter(base, adapter, **config_overrides), tokenizer
+    return load_adapter(base, path, **config_overrides), tokenizer
+
+
+def is_senri(name: str | Path) -> bool:
+    """Whether ``name`` (see :func:`load_model`) is a saved Senri model, with a memory of its own.
+
+    Raises:
+        ValueError: no such model.
+    """
+    return str(name) != BASE_NAME and _base_config(name).model_type == "senri"
+
+
+def find_adapter(name: str | Path, adapter: str | Path) -> Path | None:
+    """The file that ``adapter`` (see :func:`load_model`) means for the base ``name``; None: no adapter."""
+    if adapter == "none":
+        return None
+    if adapter != "default":
+        return Path(adapter)
+    shipped = ADAPTERS / f"{name}.safetensors"
+    # a name may be a path, whose neighbour is no adapter that ships
+    return shipped if shipped.parent == ADAPTERS and shipped.is_file() else None
 
 
 def load_unconverted(name: str | Path = BASE_NAME) -> Any | None:
