@@ -63,6 +63,8 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
     from senri.training.checkpoint import check_folder
     from senri.training.trainer import Trainer, TrainingStopped, processes, run_identity
 
+    if config.training.method == "features":
+        return train_features(config, output, data)
     started = time.perf_counter()
     settings = make_settings(config)
     documents = load_documents(data)
@@ -113,6 +115,74 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
             tokenizer.save_pretrained(path)
         use = "base_model_name" if path.is_dir() else "adapter"
         console.print(f"{time.perf_counter() - started:,.0f} s; saved {path}: name it as {use} in config/model.yaml")
+    return path
+
+
+def train_features(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
+    """As :func:`train`, on cached features."""
+    from senri.data.corpus import load_documents, split_documents
+    from senri.data.pages import RecallPages
+    from senri.hf.base import find_adapter, is_senri, load_model, resolve_dtype
+    from senri.identity import run_name
+    from senri.training.checkpoint import check_folder
+    from senri.training.feature_trainer import train_on_features
+    from senri.training.fit import check_model
+    from senri.training.settings import FeatureSettings
+
+    training, started = config.training, time.perf_counter()
+    if training.trainable != "memory":
+        raise ValueError(f"method features trains the memory alone, not {training.trainable}: set method to bptt")
+    settings = FeatureSettings(**training.features.model_dump())
+    texts = split_documents(load_documents(data), "training")
+    adapter = find_adapter(config.base_model_name, training.init_adapter)
+    _check_adapter(adapter)
+    calibrates = adapter is None and not is_senri(config.base_model_name)
+    with console.status("loading the model ..."):
+        quiet_transformers()
+        model, tokenizer = load_model(
+            config.base_model_name, "float32", training.init_adapter, **config.senri_overrides()
+        )
+    check_model(model)
+    pages = RecallPages(
+        texts,
+        tokenizer,
+        size=settings.page_size,
+        pages=settings.pages,
+        questions=settings.questions,
+        chat=training.chat_ratio,
+        seed=training.seed,
+    )
+    facts = {
+        **about_model(config, model, tokenizer),
+        **about_data(config, texts),
+        "features": training.features.model_dump(),
+        "dtype": str(resolve_dtype(config.model.dtype)),
+        "seed": training.seed,
+    }
+    folder = output or Path(config.experiment.output_dir) / "train" / run_name(facts)
+    check_folder(folder, facts)
+    console.print(f"the run goes to {folder}")
+    display = FeatureDisplay()
+    try:
+        path = train_on_features(
+            model,
+            pages,
+            settings,
+            training.seed,
+            folder,
+            facts,
+            calibrates=calibrates,
+            dtype=resolve_dtype(config.model.dtype),
+            notes=notes_of(config, texts),
+            show=display.show,
+            say=console.print,
+        )
+    except KeyboardInterrupt:
+        again = shlex.join(["senri", *sys.argv[1:]])
+        warn(f"interrupted; what was saved stands in {folder}, go on with: {again}")
+        raise typer.Exit(130) from None
+    seconds = time.perf_counter() - started
+    console.print(f"{seconds:,.0f} s; saved {path}: name it as adapter in config/model.yaml")
     return path
 
 
@@ -249,6 +319,28 @@ class TrainingDisplay:
 
     def _whole(self, text: str) -> str:
         return text[: console.width - 1].ljust(console.width - 1) if console.is_terminal else text
+
+
+class FeatureDisplay:
+    """Where a training on features stands: a line now and then."""
+
+    EVERY = 10.0  # seconds between two lines of one stage
+
+    def __init__(self) -> None:
+        self.stage, self.last = "", 0.0
+
+    def show(self, entry: dict[str, Any]) -> None:
+        """Show what was seen."""
+        now = time.monotonic()
+        if entry["stage"] == self.stage and now - self.last < self.EVERY:
+            return
+        self.stage, self.last = entry["stage"], now
+        if entry["stage"] == "features":
+            speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
+            console.print(f"reading pages and questions: {entry['step']:,} of {entry['of']:,} tokens   {speed}")
+            return
+        losses = [f"{n} {v:.4f}" for n, v in entry.items() if n not in ("stage", "step", "seconds")]
+        console.print("   ".join([f"{entry['stage']}: step {entry['step']}", *losses, f"{entry['seconds']:,.0f} s"]))
 
 
 _GATES = {"write": "write_plain", "write asked": "write_asked", "read": "read_gate"}

@@ -107,9 +107,29 @@ class RecallRatios(Section):
     babi: Ratio
 
 
+class FeaturesConfig(Section):
+    """`features` of training.yaml."""
+
+    streams: Positive
+    pages: Positive
+    page_size: Positive
+    questions: Positive
+    gate_steps: Positive
+    gate_negative_weight: PositiveReal
+    steps: Positive
+    texts: Positive
+    fact_pages: Positive
+    plain_pages: Count
+    learning_rate: PositiveReal
+    gate_learning_rate: PositiveReal
+    weight_decay: NonNegativeReal
+    save_steps: Positive
+
+
 class TrainingConfig(Section):
     """training.yaml."""
 
+    method: Literal["features", "bptt"]
     data: tuple[Text, ...]
     batch_size: Positive
     max_length: Positive
@@ -137,6 +157,7 @@ class TrainingConfig(Section):
     bf16: Flag
     save_steps: Positive
     probe_steps: Positive
+    features: FeaturesConfig
 
     @property
     def part_ratios(self) -> dict[str, float]:

@@ -87,15 +87,22 @@ def _calibrate(model: SenriForCausalLM, statistics: Tensor, repeated: Tensor) ->
     inputs = _layer_inputs(model, statistics)
     embeddings = F.embedding(statistics.to(model.device), model.model.embed_tokens.weight).double()
     for index, hidden in inputs.items():
-        memory = model.model.memories[index]
-        _whiten(memory, hidden)
-        if memory.readout == "head":
-            memory.v_proj.bias.copy_(-memory.v_proj.weight.double() @ embeddings.mean(0))
+        set_projections(model.model.memories[index], hidden, embeddings)
     gates: dict[int, float] = {}
     loss_without, loss_with = float("nan"), float("nan")
     if model.config.memory_readout == "head":
         gates, loss_without, loss_with = _choose_read_gates(model, repeated)
     return CalibrationReport(statistics.numel(), gates, loss_without, loss_with)
+
+
+@torch.no_grad()
+def set_projections(memory: MemoryAttention, hidden: Tensor, embeddings: Tensor) -> None:
+    """Whiten keys and queries by the layer's inputs ``[tokens, hidden]``, centre the ``head`` read-out's values on the
+    same tokens' ``embeddings``; both float64.
+    """
+    _whiten(memory, hidden)
+    if memory.readout == "head":
+        memory.v_proj.bias.copy_(-memory.v_proj.weight.double() @ embeddings.mean(0))
 
 
 def _token_ids(texts: Any, tokenizer: Any, limit: int) -> Tensor:

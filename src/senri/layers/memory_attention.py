@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from senri.memory import MemoryState, feature_dim, scan
 from senri.memory.rules import RULES
 
-
 WRITE_GATE_WIDTH = 64  # hidden units
 STRETCH = (-0.1, 1.1)  # of the write gate's sigmoid, before it is cut to [0, 1]
 MATCH = 8.0  # how much a read of length 1 opens the read gate at first, as a logit
@@ -27,7 +26,7 @@ def _full(x: Tensor) -> Tensor:
 
 
 class WriteGate(nn.Module):
-    """How strongly each pair is written, in [0, 1] per memory: a two-layer perceptron of the token and the one after it.
+    """How strongly each pair is written, in [0, 1] per memory: a two-layer perceptron of a token and the one after it.
 
     A pair is written W tokens after its token was read, so the next token, and the model's surprise, are known by then.
     The sigmoid is stretched beyond [0, 1] and cut, so that 0 (not written at all) and 1 are reached exactly: the hard
@@ -77,8 +76,8 @@ class WriteGate(nn.Module):
 class ReadGate(nn.Module):
     """How loudly each query head's read speaks: ``scale * sigmoid(w h + b + match |read|)``.
 
-    Keys, queries and values are of unit length, so the read of a stored pair is long and that of an unknown query short:
-    the gate opens where the memory knows something.
+    Keys, queries and values are of unit length, so the read of a stored pair is long and that of an unknown query
+    short: the gate opens where the memory knows something.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -194,12 +193,15 @@ class MemoryAttention(nn.Module):
             nn.init.zeros_(linear.bias)
         self.q_proj.weight.copy_(self.for_query_heads(self.k_proj.weight))
         if self.taps > 1:
-            for name, conv in self.named_parameters():
-                if name.endswith("_conv"):
-                    nn.init.zeros_(conv)
-                    conv[:, -1] = 1.0
-            # the key of a pair is the token before it: asking with the present finds what followed in the past
-            self.k_conv[:, -2], self.k_conv[:, -1] = 1.0, 0.0
+            # A key is made of the tokens before its pair: asking with the present finds what followed in the past.
+            # The nearest counts most; the ones before it tell apart what ends alike.
+            nn.init.zeros_(self.q_conv)
+            nn.init.zeros_(self.k_conv)
+            for back in range(self.taps - 1):
+                self.q_conv[:, -1 - back] = self.k_conv[:, -2 - back] = 0.5**back
+            if self.readout != "head":
+                nn.init.zeros_(self.v_conv)
+                self.v_conv[:, -1] = 1.0
         if self.readout == "layer":
             nn.init.zeros_(self.o_proj.weight)
         if self.readout == "head":

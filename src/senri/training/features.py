@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,23 @@ class Features:
     hidden: dict[int, Tensor]  # memory layer -> [N, hidden]
     facts: list[frozenset[str]]  # of each page
     asked: list[AskedFeatures]
+
+
+def save_features(features: Features, path: Path) -> None:
+    """Write them to one file, whole or not at all."""
+    asked = [dict(vars(question)) for question in features.asked]
+    facts = [sorted(page) for page in features.facts]
+    scratch = path.with_suffix(".part")
+    torch.save({**vars(features), "asked": asked, "facts": facts}, scratch)
+    scratch.rename(path)
+
+
+def load_features(path: Path) -> Features:
+    """What :func:`save_features` wrote."""
+    saved = torch.load(path, weights_only=True)
+    saved["asked"] = [AskedFeatures(**question) for question in saved["asked"]]
+    saved["facts"] = [frozenset(page) for page in saved["facts"]]
+    return Features(**saved)
 
 
 @contextmanager

@@ -1,75 +1,76 @@
 """Training on cached features: first the write gate, told what will be asked for; then everything that reads.
 
-The write gate is a classifier of tokens. Learned through the answers alone it would have to be found out by chance that a
-token of a million was worth keeping; here the samples say which tokens hold what is asked for. Once it is fixed, a text
-is the few pairs that it lets through, and texts of any length are put together from pages at the cost of those pairs.
+The write gate is a classifier of tokens. Learned through the answers alone, chance would have to show that one token of
+a million was worth keeping; here the samples say which tokens hold what is asked for. Once it is fixed, a text is the
+few pairs that it lets through, and texts of any length are put together from pages at the cost of those pairs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from senri.hf.calibrate import set_projections
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.layers import MemoryAttention, WriteGate
 from senri.memory import scan
 from senri.training.features import AskedFeatures, Features
-from senri.training.settings import TrainingError
+from senri.training.settings import FeatureSettings, TrainingError
 
 POSITIVES, NEGATIVES, HARD = 512, 4096, 1024  # tokens of one step of the write gate
 SILENT = 64  # tokens of plain text in a text's loss: the memory must not disturb them
 VOCABULARY = 8192  # most frequent tokens, beside all that answers hold, over which the loss is taken
-ANSWERS = 240  # answer tokens of one text at most
+STATISTICS = 65536  # tokens that the projections are calibrated on
+SCALE = 5.0  # of the read at first: a token that is recalled gains some 5 nats times its embedding's norm
+ANSWERS = 128  # answer tokens of one text at most
 BEGUN_WEIGHT = 0.3  # of an answer's tokens before the value, which the base knows by itself
 
 
-@dataclass(frozen=True)
-class FitSettings:
-    """Names and meanings as in config/training.yaml."""
-
-    gate_steps: int
-    gate_negative_weight: float  # of a plain token that is written, against an asked one that is not
-    steps: int
-    texts: int  # a step
-    fact_pages: int  # of a text, at most
-    plain_pages: int  # of a text, at most
-    learning_rate: float
-    gate_learning_rate: float
-    weight_decay: float
-    seed: int
+Show = Callable[[dict[str, Any]], None]
+Save = Callable[[dict[str, Any]], None]
 
 
-Show = Callable[[dict[str, float]], None]
-
-
-def fit(model: SenriForCausalLM, features: Features, settings: FitSettings, show: Show = lambda entry: None) -> None:
-    """Train the memories of ``model`` (float32, calibrated) in place.
-
-    Args:
-        show: called now and then with ``stage``, ``step`` and the losses.
-
-    Raises:
-        TrainingError: a model whose memory's inputs depend on the memory, or that has no write gate.
-    """
+def check_model(model: SenriForCausalLM) -> None:
+    """Raises TrainingError for a model whose memory's inputs depend on the memory, or that has no write gate."""
     config = model.config
     if config.memory_readout != "head" or config.write_gate == "none" or not config.num_memory_layers:
         raise TrainingError(
-            "training on cached features needs memory_readout head and a write gate (hidden or surprise): set them in "
-            "config/model.yaml, or feature_streams: 0 in config/training.yaml"
+            "method features needs a memory with memory_readout head and write_gate hidden or surprise: set them in "
+            "config/model.yaml, or method bptt in config/training.yaml"
         )
+
+
+@torch.no_grad()
+def prepare(model: SenriForCausalLM, features: Features) -> None:
+    """Step zero: calibrate the projections on the features, and let the memory speak where it finds something."""
+    every = max(len(features.ids) // STATISTICS, 1)
+    embeddings = F.embedding(features.ids[::every], model.model.embed_tokens.weight).double()
     for index, memory in model.model.memories.items():
-        fit_write_gate(memory, features, index, settings, show)
-    Reading(model, features, settings).train(show)
+        set_projections(memory, features.hidden[index][::every].double(), embeddings)
+        memory.read_gate.reset_parameters()
+        memory.read_gate.scale.fill_(SCALE)
 
 
-def fit_write_gate(
-    memory: MemoryAttention, features: Features, index: int, settings: FitSettings, show: Show
+def fit_write_gates(
+    model: SenriForCausalLM, features: Features, settings: FeatureSettings, seed: int, show: Show = lambda entry: None
+) -> None:
+    """Train the write gate of every memory in place.
+
+    Args:
+        show: called now and then with ``stage``, ``step`` and the losses.
+    """
+    for index, memory in model.model.memories.items():
+        _fit_write_gate(memory, features, index, settings, seed, show)
+
+
+def _fit_write_gate(
+    memory: MemoryAttention, features: Features, index: int, settings: FeatureSettings, seed: int, show: Show
 ) -> None:
     """Teach one memory's write gate to tell what is asked for from plain text.
 
@@ -84,7 +85,7 @@ def fit_write_gate(
     some = hidden[:: max(len(hidden) // 65536, 1)].float()
     mean, deviation = some.mean(0), some.std(0).clamp(min=1e-6)
     gate = WriteGate(hidden.shape[1], memory.num_key_value_heads, surprise=memory.write_gate.surprise)
-    rng = torch.Generator().manual_seed(settings.seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in (gate.in_proj.weight, gate.out_proj.weight):
             bound = weight.shape[1] ** -0.5
@@ -134,12 +135,12 @@ def _follows(features: Features) -> Tensor:
 class Reading:
     """The second stage: keys, queries, values, read-out and read gate, under a write gate that stands.
 
-    A text is a few pages in any order. Its pairs are written, in order, by the model's own scan; then its questions read.
+    A text is a few pages in any order. Its pairs are written, in order, by the model's own scan; then its questions are
+    asked.
     """
 
-    def __init__(self, model: SenriForCausalLM, features: Features, settings: FitSettings) -> None:
-        self.model, self.features, self.settings = model, features, settings
-        self.rng = Random(settings.seed)
+    def __init__(self, model: SenriForCausalLM, features: Features, settings: FeatureSettings, seed: int) -> None:
+        self.model, self.features, self.settings, self.seed = model, features, settings, seed
         self.embedding = model.model.embed_tokens.weight.detach()
         self.pairs = {i: self._pairs(i, memory) for i, memory in model.model.memories.items()}
         self.by_page: dict[int, list[AskedFeatures]] = {}
@@ -185,40 +186,62 @@ class Reading:
             made.append((rows[some], strength[some]))
         return made
 
-    def train(self, show: Show) -> None:
-        """All steps."""
-        settings = self.settings
-        gates, rest = [], []
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What learns: ``gates`` (read gates and convolutions) and ``rest``."""
+        groups: dict[str, list[nn.Parameter]] = {"rest": [], "gates": []}
         for memory in self.model.model.memories.values():
             for name, parameter in memory.named_parameters():
                 if not name.startswith("write_gate."):
-                    (gates if name.startswith("read_gate.") or name.endswith("_conv") else rest).append(parameter)
+                    quick = name.startswith("read_gate.") or name.endswith("_conv")
+                    groups["gates" if quick else "rest"].append(parameter)
+        return groups
+
+    def train(self, show: Show, state: dict[str, Any] | None = None, save: Save = lambda state: None) -> None:
+        """All steps, or those that follow a saved ``state``.
+
+        Args:
+            save: called every ``save_steps`` with the state to go on from.
+
+        Raises:
+            TrainingError: a loss that is not finite.
+        """
+        settings, groups = self.settings, self.parameters()
         optimizer = torch.optim.AdamW(
             [
-                {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
-                {"params": gates, "lr": settings.gate_learning_rate, "weight_decay": 0.0},
+                {"params": groups["rest"], "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+                {"params": groups["gates"], "lr": settings.gate_learning_rate, "weight_decay": 0.0},
             ],
             betas=(0.9, 0.98),
         )
+        parameters = [*groups["rest"], *groups["gates"]]
+        first = 0
+        if state is not None:
+            first = state["step"]
+            optimizer.load_state_dict(state["optimizer"])
+            with torch.no_grad():
+                for parameter, value in zip(parameters, state["parameters"], strict=True):
+                    parameter.copy_(value)
         warmup = max(min(20, settings.steps // 5), 1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda n: min((n + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(n / settings.steps, 1.0)))),
-        )
-        parameters = gates + rest
-        for step in range(settings.steps):
+        rates = (settings.learning_rate, settings.gate_learning_rate)
+        for step in range(first, settings.steps):
+            factor = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            self.rng = Random(f"{self.seed}/{step}")  # so that going on needs no more than the step
             asked, told = self.losses([self._text() for _ in range(settings.texts)])
             loss = asked + told
             if not loss.isfinite():
                 raise TrainingError(f"the loss of step {step + 1} is not finite: lower the learning rates")
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for parameter, grad in zip(parameters, grads, strict=True):
+            for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = grad
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            schedule.step()
-            if step % 25 == 24 or step == settings.steps - 1:
+            if (step + 1) % 25 == 0 or step == settings.steps - 1:
                 show({"stage": "reading", "step": step + 1, "answers": asked.item(), "plain text": told.item()})
+            if (step + 1) % settings.save_steps == 0 or step == settings.steps - 1:
+                save(
+                    {"step": step + 1, "optimizer": optimizer.state_dict(), "parameters": [p.data for p in parameters]}
+                )
         for parameter in parameters:
             parameter.grad = None
 
@@ -290,10 +313,6 @@ class Reading:
             asking.append(torch.cat(windows).float())
             at.append(asking[-1][:, -1])
         most, reads = max(len(rows) for rows, _ in pairs), max(map(len, asking))
-        width = (memory.num_heads * memory.head_dim, memory.num_key_value_heads * memory.head_dim)
-        q = torch.zeros(len(texts), most + reads, width[0])
-        k = torch.zeros(len(texts), most + reads, width[1])
-        v = torch.zeros(len(texts), most + reads, width[1])
         beta = torch.zeros(len(texts), most + reads, memory.num_key_value_heads)
         mask = torch.zeros(len(texts), most + reads, dtype=torch.bool)
         q_rows, k_rows, v_rows = [], [], []

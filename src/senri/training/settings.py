@@ -21,6 +21,26 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class FeatureSettings:
+    """Names and meanings as in config/training.yaml, section features."""
+
+    streams: int
+    pages: int
+    page_size: int
+    questions: int
+    gate_steps: int
+    gate_negative_weight: float
+    steps: int
+    texts: int
+    fact_pages: int
+    plain_pages: int
+    learning_rate: float
+    gate_learning_rate: float
+    weight_decay: float
+    save_steps: int
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """Names and meanings as in config/training.yaml."""
 

@@ -1,0 +1,97 @@
+"""Training on cached features as one run in one folder: features, write gate, reading, adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from senri.data.pages import RecallPages
+from senri.hf.adapter import save_adapter
+from senri.hf.modeling_senri import SenriForCausalLM
+from senri.identity import Identity
+from senri.training import checkpoint
+from senri.training.features import collect, load_features, save_features
+from senri.training.fit import Reading, check_model, fit_write_gates, prepare
+from senri.training.log import TrainingLog
+from senri.training.settings import FeatureSettings
+from senri.training.trainer import ADAPTER
+
+FEATURES, STATE = "features.pt", "reading.pt"
+BATCH = 4  # streams that are read side by side
+
+
+def train_on_features(
+    model: SenriForCausalLM,
+    source: RecallPages,
+    settings: FeatureSettings,
+    seed: int,
+    folder: Path,
+    identity: Identity,
+    *,
+    calibrates: bool,
+    dtype: torch.dtype,
+    notes: dict[str, Any],
+    show: Callable[[dict[str, Any]], None] = lambda entry: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """One run, or what is left of it; returns the adapter's path.
+
+    Killed, it loses at most the reading of the pages, or the steps since the last ``save_steps``.
+
+    Args:
+        model: converted, float32; trained in place.
+        calibrates: whether the memory's projections are set anew, from the features.
+        dtype: that the base reads the pages in; the memory learns in float32.
+
+    Raises:
+        TrainingError: see :func:`senri.training.fit.check_model`, and a folder with another run.
+    """
+    check_model(model)
+    checkpoint.open_folder(folder, identity)
+    path, started = folder / FEATURES, time.perf_counter()
+    if path.is_file():
+        features = load_features(path)
+        say(f"features of {len(features.ids):,} tokens and {len(features.asked):,} questions are there already")
+    else:
+        model.to(dtype)
+        features = collect(model, source, range(settings.streams), batch=BATCH, show=_progress(show, started))
+        model.float()
+        save_features(features, path)
+        seconds = time.perf_counter() - started
+        say(f"read {len(features.ids):,} tokens and {len(features.asked):,} questions in {seconds:,.0f} s")
+    log = TrainingLog(folder, 0)
+
+    def record(entry: dict[str, Any]) -> None:
+        entry = {**entry, "seconds": time.perf_counter() - started}
+        log.write(entry)
+        show(entry)
+
+    try:
+        if calibrates:
+            prepare(model, features)
+        fit_write_gates(model, features, settings, seed, record)
+        state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else None
+        Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE))
+    finally:
+        log.close()
+    save_adapter(model.eval(), folder / ADAPTER, **notes, seed=seed, settings=dataclasses.asdict(settings))
+    return folder / ADAPTER
+
+
+def _progress(show: Callable[[dict[str, Any]], None], started: float) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        speed = done / max(time.perf_counter() - started, 1e-9)
+        show({"stage": "features", "step": done, "of": total, "tokens_per_second": speed})
+
+    return report
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    scratch = path.with_suffix(".part")
+    torch.save(state, scratch)
+    scratch.rename(path)
