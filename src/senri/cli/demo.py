@@ -121,9 +121,4 @@ def ask_in_new_process(memory: Path) -> None:
     if ANSWER in answer:
         console.print(f"the key was recalled ({ANSWER}).")
         return
-    console.print(
-        f"wrong: the key is {ANSWER}. This memory is calibrated, not trained: it writes every token and holds about\n"
-        "as many as it has dimensions. So it helps to go on with what it read a short while ago (the table's first\n"
-        "rows), and a sentence from the middle of a book is gone. Recalling that takes training, which this memory\n"
-        "has not had."
-    )
+    console.print(f"wrong: the key is {ANSWER}. How often it is recalled at this length: docs/evaluation.md")

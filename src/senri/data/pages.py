@@ -24,7 +24,7 @@ class Question:
     """One question to a page, asked where the page itself is out of sight."""
 
     lead: np.ndarray  # [L] int32, text before it
-    fact: str  # what is said up to the value: another value behind the same words contradicts it
+    fact: int  # number of the page's fact that answers
     exchange: Exchange
 
 
@@ -35,7 +35,8 @@ class Page:
     ids: np.ndarray  # [size] int32
     write: np.ndarray  # [size] int8, as in TrainingSample
     questions: tuple[Question, ...]
-    facts: frozenset[str]  # as Question.fact, of all that is told
+    facts: tuple[str, ...]  # each fact up to its value, in order: another value behind the same words contradicts it
+    fact_of: np.ndarray  # [size] int16: number of the fact that a token belongs to, or -1
     source: str
 
 
@@ -85,10 +86,12 @@ class RecallPages:
             ids, spans = plant(part, [Plant(p, f) for p, (f, _) in zip(places, facts, strict=True)], self.size)
             used += self.size - sum(len(f) for f, _ in facts)
             write = np.zeros(self.size, dtype=np.int8)
-            for (start, stop), (_, labels) in zip(spans, facts, strict=True):
+            fact_of = np.full(self.size, -1, dtype=np.int16)
+            for number, ((start, stop), (_, labels)) in enumerate(zip(spans, facts, strict=True)):
                 write[start:stop] = labels
-            said_all = frozenset(said(told) for recall in recalls for told in recall.told)
-            made.append(Page(ids, write, tuple(self._questions(recalls, rng)), said_all, stretch.source))
+                fact_of[start:stop] = number
+            told_here = tuple(said(told) for recall in recalls for told in recall.told)
+            made.append(Page(ids, write, tuple(self._questions(recalls, rng)), told_here, fact_of, stretch.source))
         return made
 
     def _recalls(self, rng: Random) -> list[Recall]:
@@ -109,13 +112,14 @@ class RecallPages:
         return groups
 
     def _questions(self, recalls: Sequence[Recall], rng: Random) -> list[Question]:
-        made = []
+        made, first = [], 0
         for recall in recalls:
             for asked in recall.asked:
                 for _ in range(self.questions):
                     (exchange,) = self.forms.exchanges([asked], rng)
                     lead = self.books.stretch(rng.randint(*LEAD), rng).ids
-                    made.append(Question(lead, said(recall.told[asked.fact]), exchange))
+                    made.append(Question(lead, first + asked.fact, exchange))
+            first += len(recall.told)
         return made
 
 

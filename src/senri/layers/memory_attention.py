@@ -17,6 +17,7 @@ from senri.memory.rules import RULES
 
 WRITE_GATE_WIDTH = 64  # hidden units
 STRETCH = (-0.1, 1.1)  # of the write gate's sigmoid, before it is cut to [0, 1]
+SHORTEST = 0.01  # a read shorter than this counts as that long
 MATCH = 8.0  # how much a read of length 1 opens the read gate at first, as a logit
 
 
@@ -74,10 +75,11 @@ class WriteGate(nn.Module):
 
 
 class ReadGate(nn.Module):
-    """How loudly each query head's read speaks: ``scale * sigmoid(w h + b + match |read|)``.
+    """What each query head says: ``scale * sigmoid(w h + b + match |read|) * read / |read|``.
 
     Keys, queries and values are of unit length, so the read of a stored pair is long and that of an unknown query
-    short: the gate opens where the memory knows something.
+    short: the gate opens where the memory knows something, and what it then says does not depend on how well the
+    query fits. An empty memory says nothing.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -95,10 +97,11 @@ class ReadGate(nn.Module):
         nn.init.zeros_(self.scale)
 
     def forward(self, hidden: Tensor, read: Tensor) -> Tensor:
-        """``hidden`` ``[B, T, hidden]``, ``read`` ``[B, T, H, D]`` -> ``[B, T, H, 1]``, at least float32."""
-        length = _full(read).square().sum(-1).clamp(min=1e-12).sqrt()  # the norm's gradient at 0 is no number
-        gate = (_full(self.proj(hidden)) + _full(self.match) * length).sigmoid()
-        return (_full(self.scale) * gate)[..., None]
+        """``hidden`` ``[B, T, hidden]``, ``read`` ``[B, T, H, D]`` -> ``[B, T, H, D]``, at least float32."""
+        read = _full(read)
+        length = read.square().sum(-1).clamp(min=SHORTEST**2).sqrt()  # the norm's gradient at 0 is no number
+        gate = _full(self.scale) * (_full(self.proj(hidden)) + _full(self.match) * length).sigmoid()
+        return (gate / length)[..., None] * read
 
 
 class MemoryStream(NamedTuple):
@@ -296,7 +299,7 @@ class MemoryAttention(nn.Module):
     def read_out(self, hidden: Tensor, read: Tensor) -> Tensor:
         """What the reads ``[B, T, H, D]`` at the inputs ``hidden`` add: ``[B, T, hidden]``."""
         if self.readout == "head":
-            read = self.read_gate(hidden, read) * read
+            read = self.read_gate(hidden, read)
         return self.o_proj(read.to(hidden.dtype).flatten(2))
 
     def _project(self, name: str, inputs: Tensor, valid: Tensor) -> Tensor:

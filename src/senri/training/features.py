@@ -28,7 +28,7 @@ class AskedFeatures:
     """One question: the answer's tokens and what predicts each."""
 
     page: int
-    fact: str  # see Question
+    fact: int  # of its page
     target: Tensor  # [A] int64
     value_from: int  # its tokens before the value
     final: Tensor  # [A, hidden]: the base's last hidden state that predicts each target
@@ -46,16 +46,16 @@ class Features:
     final: Tensor  # [N, hidden]
     surprise: Tensor  # [N] float32, nats; zeros where no write gate asks for it
     hidden: dict[int, Tensor]  # memory layer -> [N, hidden]
-    facts: list[frozenset[str]]  # of each page
+    facts: list[list[str]]  # of each page, see Page
+    fact_of: Tensor  # [N] int16
     asked: list[AskedFeatures]
 
 
 def save_features(features: Features, path: Path) -> None:
     """Write them to one file, whole or not at all."""
     asked = [dict(vars(question)) for question in features.asked]
-    facts = [sorted(page) for page in features.facts]
     scratch = path.with_suffix(".part")
-    torch.save({**vars(features), "asked": asked, "facts": facts}, scratch)
+    torch.save({**vars(features), "asked": asked}, scratch)
     scratch.rename(path)
 
 
@@ -63,7 +63,6 @@ def load_features(path: Path) -> Features:
     """What :func:`save_features` wrote."""
     saved = torch.load(path, weights_only=True)
     saved["asked"] = [AskedFeatures(**question) for question in saved["asked"]]
-    saved["facts"] = [frozenset(page) for page in saved["facts"]]
     return Features(**saved)
 
 
@@ -137,7 +136,8 @@ def collect(
         final,
         _surprise(model, final, ids, stream),
         {i: torch.cat(rows) for i, rows in hidden.items()},
-        [page.facts for page in flat],
+        [list(page.facts) for page in flat],
+        torch.cat([torch.from_numpy(page.fact_of) for page in flat]),
         answers,
     )
 

@@ -34,6 +34,7 @@ BEGUN_WEIGHT = 0.3  # of an answer's tokens before the value, which the base kno
 
 Show = Callable[[dict[str, Any]], None]
 Save = Callable[[dict[str, Any]], None]
+Pages = tuple[int, frozenset[int]]  # a page, and which of its facts are told
 
 
 def check_model(model: SenriForCausalLM) -> None:
@@ -245,27 +246,32 @@ class Reading:
         for parameter in parameters:
             parameter.grad = None
 
-    def _text(self) -> tuple[list[int], list[AskedFeatures]]:
-        """Pages in order, and the questions that they answer without contradiction."""
+    def _text(self) -> tuple[list[Pages], list[AskedFeatures]]:
+        """Pages in order with the facts that are left in them, and the questions that these answer.
+
+        From one fact to all: a memory that holds little must be read as surely as a full one.
+        """
         rng, settings = self.rng, self.settings
         told = rng.sample(self.fact_pages, min(rng.randint(1, settings.fact_pages), len(self.fact_pages)))
         pages = told + rng.sample(self.plain_pages, min(rng.randint(0, settings.plain_pages), len(self.plain_pages)))
         rng.shuffle(pages)
-        later: set[str] = set()
-        asked: list[AskedFeatures] = []
-        for page in reversed(pages):
-            asked += [question for question in self.by_page.get(page, []) if question.fact not in later]
-            later |= self.features.facts[page]
+        facts = [(page, number) for page in pages for number in range(len(self.features.facts[page]))]
+        asked_facts = [(q.page, q.fact) for page in told for q in self.by_page[page]]
+        count = round(math.exp(rng.uniform(0.0, math.log(len(facts)))))
+        kept = {rng.choice(asked_facts), *rng.sample(facts, count - 1)}
+        last = {self.features.facts[page][number]: (page, number) for page, number in facts if (page, number) in kept}
+        true = set(last.values())  # said once more later, with another value, it is no longer
+        asked = [q for page in told for q in self.by_page[page] if (q.page, q.fact) in true]
         rng.shuffle(asked)
-        kept, tokens = [], 0
+        some, tokens = [], 0
         for question in asked:
             tokens += len(question.target)
             if tokens > ANSWERS:
                 break
-            kept.append(question)
-        return pages, kept
+            some.append(question)
+        return [(page, frozenset(number for p, number in kept if p == page)) for page in pages], some
 
-    def losses(self, texts: list[tuple[list[int], list[AskedFeatures]]]) -> tuple[Tensor, Tensor]:
+    def losses(self, texts: list[tuple[list[Pages], list[AskedFeatures]]]) -> tuple[Tensor, Tensor]:
         """Cross entropy of the answers, and by how much the memory changes that of plain text; nats a token."""
         features = self.features
         starts = [self.silent[self.rng.randrange(len(self.silent))] for _ in texts]
@@ -292,11 +298,18 @@ class Reading:
         change = ((with_memory[silent] - without) * weight[silent]).sum() / weight[silent].sum().clamp(min=1)
         return (with_memory * asked_weight).sum() / asked_weight.sum().clamp(min=1), change
 
+    def _left(self, index: int, page: int, facts: frozenset[int]) -> tuple[Tensor, Tensor]:
+        """A page's written tokens and their strength without those of facts that are left out."""
+        rows, strength = self.pairs[index][page]
+        fact = self.features.fact_of[rows]
+        kept = (fact < 0) | torch.isin(fact, torch.tensor(sorted(facts), dtype=fact.dtype))
+        return rows[kept], strength[kept]
+
     def _reads(
         self,
         index: int,
         memory: MemoryAttention,
-        texts: list[tuple[list[int], list[AskedFeatures]]],
+        texts: list[tuple[list[Pages], list[AskedFeatures]]],
         starts: list[Tensor],
     ) -> list[Tensor]:
         """What the memory adds at each text's answer tokens and plain tokens: ``[n, hidden]`` a text."""
@@ -304,7 +317,8 @@ class Reading:
         around = torch.arange(-taps + 1, 1)
         pairs, asking, at = [], [], []
         for (pages, asked), start in zip(texts, starts, strict=True):
-            pairs.append([torch.cat(parts) for parts in zip(*(self.pairs[index][p] for p in pages), strict=True)])
+            left = [self._left(index, page, facts) for page, facts in pages]
+            pairs.append([torch.cat(parts) for parts in zip(*left, strict=True)])
             windows = [
                 q.hidden[index][torch.arange(len(q.target))[:, None] + torch.arange(taps)] for q in asked
             ]  # each [A, K, hidden]
