@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from senri.data.corpus import load_documents
 from senri.hf.adapter import read_adapter_header
@@ -17,6 +19,7 @@ from .conftest import CONFIG, MEMORY
 
 ROOT = Path(__file__).parents[2]
 TRAINING = {
+    "method": "bptt",
     "data": ["texts"],
     "batch_size": 1,
     "max_length": 192,
@@ -193,6 +196,94 @@ def test_the_part_kept_back_of_the_trained_text_may_be_evaluated(senri, training
     assert senri("train", "-o", "run").code == 0
     training(data=["texts/one.txt"], model={"adapter": "run/adapter.safetensors"})
     assert [d.name for d in held_out(ConfigManager())] == ["one.txt (last part)"]
+
+
+# method features -------------------------------------------------------------------------------------------------
+
+FEATURES = {
+    "streams": 2,
+    "pages": 2,
+    "page_size": 160,
+    "questions": 1,
+    "gate_steps": 20,
+    "gate_negative_weight": 8.0,
+    "steps": 4,
+    "texts": 2,
+    "fact_pages": 2,
+    "plain_pages": 1,
+    "learning_rate": 1e-3,
+    "gate_learning_rate": 5e-3,
+    "weight_decay": 0.01,
+    "save_steps": 2,
+}
+GATED = {**MEMORY, "memory_readout": "head", "write_gate": "hidden", "memory_conv_size": 4}
+
+
+def test_a_training_on_features_and_its_adapter_read_with(senri, training):
+    training(model={"senri": GATED}, method="features", features=FEATURES, chat_ratio=0.3)
+    result = senri("train", "-o", "run")
+    assert (result.code, result.err) == (0, ""), result
+    for word in ("the run goes to run", "read 640 tokens and", "write gate: step 20", "reading: step 4"):
+        assert word in result.out, word
+    assert "saved run/adapter.safetensors: name it as adapter in config" in result.out
+    assert {"run.json", "log.jsonl", "features.pt", "reading.pt"} <= {p.name for p in Path("run").iterdir()}
+    stages = [(entry["stage"], entry["step"]) for entry in log_of("run")]
+    assert stages == [("write gate", 20), ("reading", 4)]
+    notes = read_adapter_header("run/adapter.safetensors")["notes"]
+    assert set(notes["data_digests"]) <= {d.digest for d in load_documents(["texts"])}
+    assert notes["data_digests"]
+    assert (notes["seed"], notes["command"], notes["settings"]) == (0, "senri train -o run", FEATURES)
+    first = Path("run/adapter.safetensors").read_bytes()
+    again = senri("train", "-o", "run")
+    assert again.code == 0, again
+    assert "features of 640 tokens and" in again.out
+    assert "reading pages" not in again.out
+    assert Path("run/adapter.safetensors").read_bytes() == first
+    training(model={"senri": GATED, "adapter": "run/adapter.safetensors"})
+    read = senri("read", "texts/one.txt", "-o", "one.senri")
+    assert read.code == 0, read
+
+
+def test_a_training_on_features_goes_on(senri, training, monkeypatch):
+    from senri.training.fit import Reading
+
+    training(model={"senri": GATED}, method="features", features=FEATURES)
+    assert senri("train", "-o", "straight").code == 0
+    whole = Reading.losses
+
+    def interrupted(self, texts):
+        interrupted.calls += 1
+        if interrupted.calls == 4:
+            raise KeyboardInterrupt
+        return whole(self, texts)
+
+    interrupted.calls = 0
+    monkeypatch.setattr(Reading, "losses", interrupted)
+    result = senri("train", "-o", "my run")
+    assert result.code == 130
+    assert "interrupted; what was saved stands in my run, go on with: senri train -o 'my run'" in result.err
+    assert not Path("my run/adapter.safetensors").exists()
+    assert senri("train", "-o", "my run").code == 0
+    assert interrupted.calls == 4 + 2, "after the two steps that were saved"
+    one, two = (load_file(Path(folder, "adapter.safetensors")) for folder in ("straight", "my run"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("senri_fields", "changes", "line"),
+    [
+        (GATED, {"trainable": "memory+lora"}, r"trains the memory alone, not memory\+lora: set method to bptt"),
+        ({**GATED, "memory_readout": "layer"}, {}, "needs a memory with memory_readout head and write_gate hidden or"),
+        ({**GATED, "write_gate": "none"}, {}, "needs a memory with memory_readout head and write_gate hidden or"),
+        (GATED, {"features": {**FEATURES, "pages": 2000}}, r"the haystack has [\d,]+ tokens and a sample needs"),
+    ],
+    ids=["trainable", "readout", "gate", "text"],
+)
+def test_what_features_cannot_train_is_one_line(senri, training, one_line, senri_fields, changes, line):
+    training(model={"senri": senri_fields}, **{"method": "features", "features": FEATURES, **changes})
+    one_line(senri("train", "-o", "run"), line)
+    assert not Path("run/adapter.safetensors").exists()
 
 
 @pytest.mark.slow

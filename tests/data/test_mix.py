@@ -248,7 +248,7 @@ def values(sample, tokenizer):
 
 def answered(answer, value):
     """Whether the answer ends with the value, and ends as answers do."""
-    return re.search(rf"(^|[ ]){re.escape(value)}(\n|\.<\|im_end\|>)$", answer)
+    return re.search(rf"(^|[ ]){re.escape(value)}\.(\n|<\|im_end\|>)$", answer)
 
 
 @pytest.mark.parametrize("part", ["needle", "overwritten", "chain"])
@@ -313,7 +313,7 @@ def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
                 for form, question, begun, answer in exchanges(sample, real_tokenizer):
                     if answered(answer, value):
                         assert question in ("What is the secret key mentioned above?", "What is the secret key?")
-                        seen[form, question, answer.removesuffix("\n").replace(value, "VALUE")] += 1
+                        seen[form, question, answer.removesuffix(".\n").replace(value, "VALUE")] += 1
                         assert begun in ("", "The secret key is:")
                         assert whole.count(value) == 2
     above = "What is the secret key mentioned above?"

@@ -6,8 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from senri.data.corpus import Document
+from senri.data.pages import RecallPages
 from senri.data.training_sample import TrainingSample
+from senri.hf.convert import convert_to_senri
+from senri.training.features import collect
 from senri.training.settings import TrainingSettings
 from senri.training.trainer import Trainer, run_identity
 
@@ -91,5 +97,57 @@ def make_trainer(make_senri, verses, tmp_path):
         settings = replace(SETTINGS, **changes)
         identity = run_identity(settings, {"model": "tiny"})
         return Trainer(model, settings, mix or verses, Path(tmp_path) / folder, identity, **extra)
+
+    return make
+
+
+# training on features --------------------------------------------------------------------------------------------
+
+# A window that holds every question, and far less than a stream of pages.
+READER = {
+    "sliding_window_size": 112,
+    "chunk_size": 16,
+    "num_memory_layers": 2,
+    "first_memory_layer": 1,
+    "memory_layer_interval": 1,
+    "memory_num_heads": 2,
+    "memory_num_key_value_heads": 1,
+    "memory_head_dim": 8,
+    "update_rule": "delta_token",
+    "memory_readout": "head",
+    "memory_conv_size": 4,
+    "write_gate": "hidden",
+}
+
+
+@pytest.fixture(scope="session")
+def make_reader(randomise):
+    """``(random, **config)`` -> a tiny Senri with the real vocabulary in float32, as is trained on features."""
+
+    def make(random: bool = True, **config: Any) -> Any:
+        torch.manual_seed(0)
+        fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 49152}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+        special = {"tie_word_embeddings": True, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+        base = LlamaForCausalLM(LlamaConfig(**fields, **heads, **special, initializer_range=0.2)).eval()
+        model = convert_to_senri(base, **{**READER, **config})
+        return randomise(model) if random else model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pages(real_text, real_tokenizer) -> RecallPages:
+    """Streams of two small pages."""
+    documents = [Document(f"book {i}", real_text[start : start + 40_000]) for i, start in enumerate((0, 1_000_000))]
+    return RecallPages(documents, real_tokenizer, size=160, pages=2, questions=2, chat=0.3, seed=0)
+
+
+@pytest.fixture(scope="session")
+def make_features(pages):
+    """``(model, streams)`` -> their features."""
+
+    def make(model: Any, streams: Any = range(4)) -> Any:
+        return collect(model, pages, streams, batch=3)
 
     return make

@@ -124,8 +124,8 @@ class RecallPages:
 
 
 def said(told: Told) -> str:
-    """A fact up to its value."""
-    return told.text[: told.values[0][0]]
+    """A fact up to its value, the same with a colon before that and without."""
+    return told.text[: told.values[0][0]].rstrip(": ")
 
 
 def asked_stem(asked: Asked) -> str:

@@ -38,11 +38,20 @@ Pages = tuple[int, frozenset[int]]  # a page, and which of its facts are told
 
 
 def check_model(model: SenriForCausalLM) -> None:
-    """Raises TrainingError for a model whose memory's inputs depend on the memory, or that has no write gate."""
+    """Raises TrainingError for a model that cannot be trained so.
+
+    Its memory's inputs depend on the memory; or it has no write gate; or its rule makes something of a pair that is not
+    written (it forgets, or counts it), and texts are put together without those.
+    """
     config = model.config
     if config.memory_readout != "head" or config.write_gate == "none" or not config.num_memory_layers:
         raise TrainingError(
             "method features needs a memory with memory_readout head and write_gate hidden or surprise: set them in "
+            "config/model.yaml, or method bptt in config/training.yaml"
+        )
+    if config.update_rule not in ("linear", "delta_token"):
+        raise TrainingError(
+            f"method features needs update_rule linear or delta_token, not {config.update_rule}: set it in "
             "config/model.yaml, or method bptt in config/training.yaml"
         )
 
@@ -126,11 +135,17 @@ def _fit_write_gate(
 
 
 def _follows(features: Features) -> Tensor:
-    """``[N]`` bool: tokens with a token before and one behind them in their stream, two from its start."""
-    stream = features.stream
-    inside = torch.zeros(len(stream), dtype=torch.bool)
-    inside[2:-1] = (stream[2:-1] == stream[:-3]) & (stream[2:-1] == stream[3:])
+    """``[N]`` bool: tokens with a token behind them in their stream."""
+    inside = torch.zeros(len(features.stream), dtype=torch.bool)
+    inside[:-1] = features.stream[:-1] == features.stream[1:]
     return inside
+
+
+def _windows(features: Features, rows: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """``[n, K]``: each of ``rows`` behind the tokens before it, and which of them are of its stream."""
+    around = rows[:, None] + torch.arange(-taps + 1, 1)
+    inside = around.clamp(min=0)
+    return inside, (around >= 0) & (features.stream[inside] == features.stream[rows, None])
 
 
 class Reading:
@@ -314,7 +329,6 @@ class Reading:
     ) -> list[Tensor]:
         """What the memory adds at each text's answer tokens and plain tokens: ``[n, hidden]`` a text."""
         features, hidden, taps = self.features, self.features.hidden[index], memory.taps
-        around = torch.arange(-taps + 1, 1)
         pairs, asking, at = [], [], []
         for (pages, asked), start in zip(texts, starts, strict=True):
             left = [self._left(index, page, facts) for page, facts in pages]
@@ -323,7 +337,7 @@ class Reading:
                 q.hidden[index][torch.arange(len(q.target))[:, None] + torch.arange(taps)] for q in asked
             ]  # each [A, K, hidden]
             rows = torch.arange(int(start), int(start) + SILENT)
-            windows.append(hidden[rows[:, None] + around])
+            windows.append(hidden[_windows(features, rows, taps)[0]])
             asking.append(torch.cat(windows).float())
             at.append(asking[-1][:, -1])
         most, reads = max(len(rows) for rows, _ in pairs), max(map(len, asking))
@@ -331,12 +345,14 @@ class Reading:
         mask = torch.zeros(len(texts), most + reads, dtype=torch.bool)
         q_rows, k_rows, v_rows = [], [], []
         for i, ((rows, strength), ask) in enumerate(zip(pairs, asking, strict=True)):
-            inputs = hidden[rows[:, None] + around].float()
-            k_rows.append(F.pad(_each(memory.keys, inputs), (0, 0, 0, most + reads - len(rows))))
+            around, inside = _windows(features, rows, taps)
+            keys = memory.keys(hidden[around].float(), inside)[:, 0]
+            k_rows.append(F.pad(keys, (0, 0, 0, most + reads - len(rows))))
             v_rows.append(
                 F.pad(memory.embedded(features.ids[rows], self.embedding), (0, 0, 0, most + reads - len(rows)))
             )
-            q_rows.append(F.pad(_each(memory.queries, ask), (0, 0, most, reads - len(ask))))
+            queries = memory.queries(ask, torch.ones(ask.shape[:2], dtype=torch.bool))[:, 0]
+            q_rows.append(F.pad(queries, (0, 0, most, reads - len(ask))))
             beta[i, : len(rows)], mask[i, : len(rows)] = strength, True
         q, k, v = torch.stack(q_rows), torch.stack(k_rows), torch.stack(v_rows)
 
@@ -348,8 +364,3 @@ class Reading:
             chunk_size=memory.chunk_size, segment_size=memory.segment_size,
         )  # fmt: skip
         return [memory.read_out(h[None], out[i : i + 1, most : most + len(h)])[0] for i, h in enumerate(at)]
-
-
-def _each(project: Callable[[Tensor, Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """Tokens with what stands before each, ``[n, K, hidden]`` -> ``[n, H * D]``."""
-    return project(inputs, inputs.new_ones(inputs.shape[:2], dtype=torch.bool))[:, 0]

@@ -1,0 +1,157 @@
+"""Cached features against the model itself, read text by text and question by question."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from senri.training.features import BATCH, AskedFeatures, collect, load_features, memory_left_out, save_features
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+STREAMS = range(5)  # two batches, the second one smaller
+
+
+@pytest.fixture(scope="module")
+def model(make_reader):
+    return make_reader()
+
+
+@pytest.fixture(scope="module")
+def features(model, make_features):
+    return make_features(model, STREAMS)
+
+
+@pytest.fixture(scope="module")
+def run(make_reader):
+    """``ids`` -> last hidden states and the memory layers' inputs, of the same base without a memory, in one go."""
+    plain = make_reader(num_memory_layers=0)
+    kept = {}
+    for i in (1, 2):
+        norm = plain.model.layers[i].input_layernorm
+        norm.register_forward_hook(lambda module, args, out, i=i: kept.__setitem__(i, out[0]))
+
+    @torch.no_grad()
+    def run(ids):
+        final = plain.model(torch.as_tensor(ids)[None].long()).last_hidden_state[0]
+        return final, dict(kept), plain.lm_head(final)
+
+    return run
+
+
+def ids_of(stream):
+    return torch.cat([torch.from_numpy(page.ids) for page in stream]).long()
+
+
+def test_pages_are_what_the_model_reads_as_one_text(features, pages, run):
+    size = pages.size * pages.pages
+    assert features.page_size == pages.size
+    assert len(features.ids) == len(features.final) == len(features.write) == len(features.facts) * pages.size
+    for place, index in enumerate(STREAMS):
+        stream, rows = pages.stream(index), slice(place * size, (place + 1) * size)
+        assert torch.equal(features.ids[rows], ids_of(stream))
+        assert features.write[rows].tolist() == [label for page in stream for label in page.write.tolist()]
+        assert features.facts[place * pages.pages : (place + 1) * pages.pages] == [page.facts for page in stream]
+        assert (features.stream[rows] == features.stream[place * size]).all()
+        final, hidden, _ = run(ids_of(stream))
+        torch.testing.assert_close(features.final[rows], final, **CLOSE)
+        assert features.hidden.keys() == hidden.keys() == {1, 2}
+        for i in hidden:
+            torch.testing.assert_close(features.hidden[i][rows], hidden[i], **CLOSE)
+    assert len(features.stream.unique()) == len(STREAMS)
+
+
+@pytest.mark.parametrize("conv_size", [0, 4])
+def test_questions_are_what_the_model_makes_of_each_alone(make_reader, make_features, pages, run, conv_size):
+    """So that neither the other questions of a batch nor the padding behind the shorter ones changes anything."""
+    streams = (0, 2)
+    found = make_features(make_reader(memory_conv_size=conv_size), streams).asked
+    before = max(conv_size, 1) - 1
+    expected = []
+    for number, page in enumerate(page for index in streams for page in pages.stream(index)):
+        for question in page.questions:
+            exchange = question.exchange
+            ids = [*question.lead.tolist(), *exchange.prompt, *exchange.answer]
+            final, hidden, _ = run(ids)
+            part = slice(len(ids) - len(exchange.answer) - 1, len(ids) - 1)  # what predicts the answer
+            kept = slice(part.start - before, part.stop)
+            rest = (number, question.fact, exchange.answer, exchange.value_from)
+            expected.append((len(ids), rest, final[part], {i: h[kept] for i, h in hidden.items()}))
+    expected.sort(key=lambda item: item[0])
+    assert len(found) == len(expected) > BATCH
+    assert len({length for length, *_ in expected[:BATCH]}) > 3, "there is padding"
+    for asked, (_, rest, final, hidden) in zip(found, expected, strict=True):
+        assert (asked.page, asked.fact, asked.target.tolist(), asked.value_from) == rest
+        torch.testing.assert_close(asked.final, final, **CLOSE)
+        for i in (1, 2):
+            torch.testing.assert_close(asked.hidden[i], hidden[i], **CLOSE)
+
+
+def test_all_is_shown_at_last(model, pages):
+    seen = []
+    features = collect(model, pages, [0], batch=1, show=lambda done, total: seen.append((done, total)))
+    done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(set(done))
+    assert set(totals) == {done[-1]}
+    assert done[-1] > len(features.ids)
+
+
+def test_saved_and_loaded_they_are_the_same(features, tmp_path):
+    save_features(features, tmp_path / "features.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["features.pt"]
+    loaded = load_features(tmp_path / "features.pt")
+
+    def check(a, b):
+        for field in fields(a):
+            one, two = getattr(a, field.name), getattr(b, field.name)
+            if field.name == "hidden":
+                assert one.keys() == two.keys()
+                assert all(torch.equal(one[i], two[i]) for i in one)
+            elif isinstance(one, torch.Tensor):
+                assert torch.equal(one, two)
+                assert one.dtype == two.dtype
+            elif field.name != "asked":
+                assert one == two
+
+    check(loaded, features)
+    assert all(isinstance(page, frozenset) for page in loaded.facts)
+    assert all(isinstance(question, AskedFeatures) for question in loaded.asked)
+    for a, b in zip(loaded.asked, features.asked, strict=True):
+        check(a, b)
+
+
+def test_a_model_is_whole_again_afterwards(model, make_reader, tokens):
+    ids = tokens(1, 150)
+    with torch.no_grad():
+        speaks, alone = model(ids).logits, make_reader(num_memory_layers=0)(ids).logits
+        assert (speaks - alone).abs().max() > 1e-2
+        with memory_left_out(model) as inputs:
+            torch.testing.assert_close(model(ids).logits, alone, **CLOSE)
+            assert inputs.keys() == {1, 2}
+        assert torch.equal(model(ids).logits, speaks)
+    assert not any(layer.input_layernorm._forward_hooks for layer in model.model.layers)
+
+
+def test_a_model_is_whole_again_after_an_error(model):
+    def interrupted():
+        with memory_left_out(model):
+            assert model.config.memory_layers == []
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert model.config.num_memory_layers == 2
+    assert len(model.config.memory_layers) == 2
+    assert not any(layer.input_layernorm._forward_hooks for layer in model.model.layers)
+
+
+def test_surprise_is_there_where_a_gate_asks_for_it(features, make_reader, make_features, pages, run):
+    assert not features.surprise.any()
+    found = make_features(make_reader(write_gate="surprise"), (0, 1)).surprise
+    assert found.dtype == torch.float32
+    for index, part in enumerate(found.chunk(2)):
+        ids = ids_of(pages.stream(index))
+        expected = F.cross_entropy(run(ids)[2][:-1], ids[1:], reduction="none")
+        assert part[0] == 0, "nothing predicts a text's first token"
+        torch.testing.assert_close(part[1:], expected, rtol=1e-4, atol=1e-3)
+        assert expected.std() > 0.1

@@ -1,0 +1,355 @@
+"""Training on cached features: the write gate finds what is asked for, and what learns is the model itself."""
+
+import copy
+import io
+import math
+from dataclasses import replace
+from random import Random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import senri.training.fit as fit
+from senri.layers import WriteGate
+from senri.training.features import Features, memory_left_out
+from senri.training.fit import BEGUN_WEIGHT, Reading, check_model, fit_write_gates, prepare
+from senri.training.settings import FeatureSettings, TrainingError
+
+SETTINGS = FeatureSettings(
+    streams=4,
+    pages=2,
+    page_size=160,
+    questions=2,
+    gate_steps=400,
+    gate_negative_weight=8.0,
+    steps=6,
+    texts=2,
+    fact_pages=2,
+    plain_pages=1,
+    learning_rate=1e-2,
+    gate_learning_rate=5e-2,
+    weight_decay=0.01,
+    save_steps=3,
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_steps(monkeypatch):
+    monkeypatch.setattr(fit, "VOCABULARY", 512)
+    for name, count in (("POSITIVES", 64), ("NEGATIVES", 256), ("HARD", 64)):
+        monkeypatch.setattr(fit, name, count)
+
+
+@pytest.fixture(scope="module")
+def features(make_reader, make_features):
+    return make_features(make_reader())
+
+
+@torch.no_grad()
+def write_some(model, features):
+    """Write gates that let through a quarter of all tokens, of any kind."""
+    for index, memory in model.model.memories.items():
+        gate, hidden = memory.write_gate, features.hidden[index]
+        gate.out_proj.weight *= 8
+        logits = gate.logits(hidden[:-1], hidden[1:], features.surprise[:-1])
+        gate.out_proj.bias -= logits.quantile(0.75, 0) + math.log(11)  # below: exactly 0
+    return model
+
+
+@pytest.fixture
+def make_reading(make_reader, features):
+    """``(features, **settings)`` -> a new model that is about to learn to read."""
+
+    def make(features=features, **changes):
+        model = write_some(make_reader(), features)
+        prepare(model, features)
+        return Reading(model, features, replace(SETTINGS, **changes), seed=0)
+
+    return make
+
+
+# the write gate --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def separable():
+    """Features of three streams in which what is asked for differs from the rest; far from mean 0 and variance 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tokens = 3000
+    kinds = torch.rand(tokens, generator=generator)
+    write = (kinds < 0.1).to(torch.int8) - ((kinds >= 0.1) & (kinds < 0.15)).to(torch.int8)
+    hidden = {}
+    for index in (1, 2):
+        width = random(32).exp()
+        mark = random(32).sign() * 2
+        hidden[index] = 10 * random(32) + width * (random(tokens, 32) + mark * (write == 1)[:, None])
+    stream = torch.arange(tokens) // 1000
+    nothing = torch.zeros(tokens, 1)
+    return Features(500, torch.zeros(tokens).long(), write, stream, nothing, random(tokens).abs(), hidden, [], [])
+
+
+@pytest.mark.parametrize("write_gate", ["hidden", "surprise"])
+def test_a_gate_is_shut_for_plain_text_and_open_for_what_is_asked(make_senri, separable, write_gate, monkeypatch):
+    learned = []
+
+    class Kept(WriteGate):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            learned.append(self)
+
+    monkeypatch.setattr(fit, "WriteGate", Kept)
+    model = make_senri(dtype=torch.float32, write_gate=write_gate, memory_readout="head")
+    shown = []
+    fit_write_gates(model, separable, SETTINGS, 0, shown.append)
+    assert [entry["step"] for entry in shown] == [100, 200, 300, 400] * 2
+    assert shown[3]["missed"] < shown[0]["missed"]
+    inside = torch.ones(3000, dtype=torch.bool)
+    inside[999::1000] = False  # nothing follows
+    asked, plain = ((separable.write == kind) & inside for kind in (1, 0))
+    for (index, memory), gate in zip(model.model.memories.items(), learned, strict=True):
+        hidden, surprise = separable.hidden[index], separable.surprise
+        with torch.no_grad():
+            strength = memory.write_gate(hidden, hidden.roll(-1, 0), surprise)
+            assert (strength[plain] == 0).all()
+            assert strength[asked].min() > 0.5
+            # the weights that are left take the inputs as they are
+            double = hidden.double()
+            standard = (double - double.mean(0)) / double.std(0)
+            expected = gate.double().logits(standard, standard.roll(-1, 0), surprise.double())
+            raw = copy.deepcopy(memory.write_gate).double()
+            found = raw.logits(double, double.roll(-1, 0), surprise.double())
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_a_gate_is_the_same_whenever_it_is_fitted(make_senri, separable):
+    models = [make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head") for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        torch.manual_seed(seed + len(models))  # of no account
+        fit_write_gates(model, separable, replace(SETTINGS, gate_steps=5), seed)
+    one, two, other = (dict(model.model.memories[1].write_gate.named_parameters()) for model in models)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["in_proj.weight"], other["in_proj.weight"])
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_without_both_kinds_of_tokens_there_is_nothing_to_learn(make_senri, separable, kind):
+    model = make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head")
+    with pytest.raises(TrainingError, match="hold no facts, or nothing but facts"):
+        fit_write_gates(model, replace(separable, write=torch.full((3000,), kind)), SETTINGS, 0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"memory_readout": "layer"}, {"write_gate": "none"}, {"num_memory_layers": 0}],
+    ids=["layer", "no gate", "no memory"],
+)
+def test_a_model_that_features_cannot_train(make_senri, config):
+    options = {"memory_readout": "head", "write_gate": "hidden", "update_rule": "delta_token"}
+    check_model(make_senri(**options))
+    check_model(make_senri(**{**options, "write_gate": "surprise"}))
+    with pytest.raises(TrainingError, match="memory_readout head and write_gate hidden or surprise") as error:
+        check_model(make_senri(**{**options, **config}))
+    assert "\n" not in str(error.value)
+    assert "method bptt" in str(error.value)
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated_delta"])
+def test_rules_that_count_what_is_not_written_are_refused(make_senri, rule):
+    """A text put together from pages has only the pairs that were let through."""
+    with pytest.raises(TrainingError, match=f"update_rule linear or delta_token, not {rule}"):
+        check_model(make_senri(memory_readout="head", write_gate="hidden", update_rule=rule))
+
+
+# a text put together from features is what the model reads -------------------------------------------------------
+
+
+def questions(pages, streams):
+    """The token ids of all questions in the order of the features, and where what predicts the answer stands."""
+    found = []
+    for page in (page for index in streams for page in pages.stream(index)):
+        for question in page.questions:
+            exchange = question.exchange
+            ids = [*question.lead.tolist(), *exchange.prompt, *exchange.answer]
+            found.append((torch.tensor([ids]), slice(len(ids) - len(exchange.answer) - 1, len(ids) - 1)))
+    return sorted(found, key=lambda item: item[0].shape[1])
+
+
+@torch.no_grad()
+def read(model, text):
+    """A whole text read, its window flushed."""
+    cache = model.model.new_cache()
+    model.model(text[None], past_key_values=cache)
+    model.model.flush(cache)
+    return cache
+
+
+@torch.no_grad()
+def heard(model, text, ids, part):
+    """What the memory of a text adds to a question's hidden states; and the logits."""
+    cache = text.fork()
+    assert model.config.sliding_window_size >= ids.shape[1], "nothing of the question is written"
+    out = model.model(ids, past_key_values=cache).last_hidden_state
+    with memory_left_out(model):
+        silent = model.model(ids).last_hidden_state
+    return (out - silent)[0, part], model.lm_head(out)[0, part]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"write_gate": "surprise", "memory_conv_size": 2},
+        {"update_rule": "linear", "memory_conv_size": 3},
+        {"memory_conv_size": 0, "memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 6},
+    ],
+    ids=["four taps", "surprise", "linear", "heads"],
+)
+def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pages, options):
+    model, streams = make_reader(**options), range(0, 16, 2)
+    features = make_features(model, streams)
+    write_some(model, features)
+    reading = Reading(model, features, SETTINGS, seed=0)
+    asked, size, count = questions(pages, streams), pages.size * pages.pages, pages.pages
+    texts, real, first_tokens, shares = [], [], 0, []
+    for place in range(len(streams)):
+        rows = slice(place * size, (place + 1) * size)
+        mine = [p for p in range(len(features.facts)) if p // count == place]
+        of_text = [(q, *asked[i]) for i, q in enumerate(features.asked) if q.page in mine][:6]
+        last = rows.stop - 1
+        for index, memory in model.model.memories.items():
+            row = features.hidden[index][last]
+            if memory.write_gate(row, torch.zeros_like(row), features.surprise[last]).any():
+                break  # features leave out what nothing follows
+        else:
+            texts.append((mine, [q for q, *_ in of_text]))
+            text = read(model, features.ids[rows])
+            real.append([heard(model, text, ids, part) for _, ids, part in of_text])
+            written = [torch.cat([reading.pairs[i][p][0] for p in mine]) for i in (1, 2)]
+            first_tokens += sum(int((w < rows.start + 3).sum()) for w in written)
+            shares += [len(w) / size for w in written]
+    assert len(texts) >= 2, "texts of different numbers of pairs side by side"
+    assert first_tokens, "whose convolution begins before the text"
+    assert 0.02 < min(shares) < max(shares) < 0.8
+    start = reading.silent[0]
+    with torch.no_grad():
+        added = [
+            reading._reads(index, memory, texts, [start] * len(texts)) for index, memory in model.model.memories.items()
+        ]
+    for i, (parts, (_, of_text)) in enumerate(zip(real, texts, strict=True)):
+        expected, logits = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+        found = sum(layer[i] for layer in added)[: len(expected)]
+        assert expected.abs().max() > 0.05, "the memory is silent"
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        final = torch.cat([q.final for q in of_text])
+        torch.testing.assert_close(model.lm_head(final + found), logits, rtol=1e-3, atol=3e-4)
+    # and so the loss is the model's own, over a part of the vocabulary
+    reading.rng = Random(0)
+    with torch.no_grad():
+        loss, _ = reading.losses(texts)
+    logits, target = (
+        torch.cat([part[1] for parts in real for part in parts]),
+        torch.cat([q.target for _, of_text in texts for q in of_text]),
+    )
+    weight = torch.cat(
+        [torch.where(torch.arange(len(q.target)) < q.value_from, BEGUN_WEIGHT, 1.0) for _, o in texts for q in o]
+    )
+    chosen = {token: i for i, token in enumerate(reading.vocabulary.tolist())}
+    target = torch.tensor([chosen[token] for token in target.tolist()])
+    losses = F.cross_entropy(logits[:, reading.vocabulary], target, reduction="none")
+    assert (weight < 1).any()
+    assert loss.item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-4)
+
+
+def test_no_question_is_asked_that_a_later_page_contradicts(make_reading, features):
+    question = features.asked[0]
+    other = next(q.page for q in features.asked if q.page != question.page)
+    facts = [facts | {question.fact} if page == other else facts for page, facts in enumerate(features.facts)]
+    reading = make_reading(replace(features, facts=facts))
+    seen = set()
+    for i in range(80):
+        reading.rng = Random(i)
+        pages, asked = reading._text()
+        assert len(set(pages)) == len(pages) <= SETTINGS.fact_pages + SETTINGS.plain_pages
+        place = {page: at for at, page in enumerate(pages)}
+        for q in asked:
+            assert not any(q.fact in facts[page] for page in pages[place[q.page] + 1 :])
+        if {question.page, other} <= set(pages):
+            seen.add((place[other] > place[question.page], any(q is question for q in asked)))
+        assert sum(len(q.target) for q in asked) <= fit.ANSWERS
+    assert seen >= {(True, False), (False, True)}
+    assert (True, True) not in seen
+
+
+# learning --------------------------------------------------------------------------------------------------------
+
+
+def parameters_of(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_only_what_reads_learns(make_reading):
+    reading = make_reading()
+    before, shown = parameters_of(reading.model), []
+    reading.train(shown.append)
+    assert [entry["step"] for entry in shown] == [SETTINGS.steps]
+    changed = {name for name, old in before.items() if not torch.equal(reading.model.get_parameter(name), old)}
+    assert changed == {n for n in before if ".memory." in n and ".write_gate." not in n}
+    assert all(parameter.grad is None for parameter in reading.model.parameters())
+
+
+def test_the_loss_falls(make_reading):
+    reading = make_reading(steps=30)
+    reading.rng = Random(0)
+    texts = [reading._text() for _ in range(4)]
+
+    def loss():
+        reading.rng = Random(1)
+        with torch.no_grad():
+            return reading.losses(texts)[0].item()
+
+    before = loss()
+    reading.train(lambda entry: None)
+    assert loss() < before - 0.3
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_training_in_one_go(make_reading):
+    straight, killed, resumed = make_reading(), make_reading(), make_reading()
+    straight.train(lambda entry: None)
+    saved = io.BytesIO()
+
+    def save_and_die(state):
+        torch.save(state, saved)
+        raise Killed
+
+    with pytest.raises(Killed):
+        killed.train(lambda entry: None, save=save_and_die)
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    assert state["step"] == 3
+    steps = []
+    resumed.train(lambda entry: None, state, lambda state: steps.append(state["step"]))
+    assert steps == [6]
+    expected, stopped = parameters_of(straight.model), parameters_of(killed.model)
+    for name, found in parameters_of(resumed.model).items():
+        assert torch.equal(found, expected[name]), name
+    assert any(not torch.equal(stopped[name], expected[name]) for name in expected)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(make_reading):
+    reading = make_reading()
+    before = parameters_of(reading.model)
+    with torch.no_grad():
+        reading.model.model.memories[1].o_proj.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="the loss of step 1 is not finite: lower the learning rates"):
+        reading.train(lambda entry: None)
+    after = parameters_of(reading.model)
+    assert all(torch.equal(after[n], before[n]) for n in before if "o_proj" not in n)
