@@ -239,6 +239,7 @@ def test_a_training_on_features_and_its_adapter_read_with(senri, training):
     assert "features of 640 tokens and" in again.out
     assert "reading pages" not in again.out
     assert Path("run/adapter.safetensors").read_bytes() == first
+    assert sorted((entry["stage"], entry["step"]) for entry in log_of("run")) == sorted(stages), "each once"
     training(model={"senri": GATED, "adapter": "run/adapter.safetensors"})
     read = senri("read", "texts/one.txt", "-o", "one.senri")
     assert read.code == 0, read
@@ -265,6 +266,8 @@ def test_a_training_on_features_goes_on(senri, training, monkeypatch):
     assert not Path("my run/adapter.safetensors").exists()
     assert senri("train", "-o", "my run").code == 0
     assert interrupted.calls == 4 + 2, "after the two steps that were saved"
+    logs = [[{**entry, "seconds": None} for entry in log_of(folder)] for folder in ("straight", "my run")]
+    assert logs[0] == logs[1]
     one, two = (load_file(Path(folder, "adapter.safetensors")) for folder in ("straight", "my run"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -64,18 +64,20 @@ def train_on_features(
         save_features(features, path)
         seconds = time.perf_counter() - started
         say(f"read {len(features.ids):,} tokens and {len(features.asked):,} questions in {seconds:,.0f} s")
-    log = TrainingLog(folder, 0)
+    state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else None
+    logged = 0 if state is None else state["step"]
+    log = TrainingLog(folder, logged)
 
     def record(entry: dict[str, Any]) -> None:
         entry = {**entry, "seconds": time.perf_counter() - started}
-        log.write(entry)
+        if entry["step"] > logged:  # the write gate is fitted again: its lines up to there were kept
+            log.write(entry)
         show(entry)
 
     try:
         if calibrates:
             prepare(model, features)
         fit_write_gates(model, features, settings, seed, record)
-        state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else None
         Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE))
     finally:
         log.close()
