@@ -130,7 +130,7 @@ BAD_VALUES = [
     (
         "curriculum",
         [{"max_length": 2000, "steps": 400}, {"max_length": 2100, "steps": 600}],
-        "training.yaml: curriculum: takes 1000 steps, and max_steps (800) must be more",
+        "training.yaml: curriculum: takes 1000 steps, and max_steps (1000) must be more",
     ),
     (
         "curriculum",
@@ -156,7 +156,7 @@ BAD_VALUES = [
     ("learning_rate", "fast", "training.yaml: learning_rate: 'fast' is not a finite number > 0"),
     ("data", "books", "training.yaml: data: 'books' is not a list of non-empty strings"),
     ("data", ["books", 3], "training.yaml: data[1]: 3 is not a non-empty string"),
-    ("warmup_steps", 1001, "training.yaml: warmup_steps: 1001 is more than max_steps (800)"),
+    ("warmup_steps", 1001, "training.yaml: warmup_steps: 1001 is more than max_steps (1000)"),
     ("generation.top_p", 0, "experiment.yaml: generation.top_p: 0 is not a finite number > 0 and <= 1"),
     ("demo", 5, "experiment.yaml: demo: 5 is not a mapping with the keys num_tokens"),
     ("reading", {}, "experiment.yaml: reading.piece_size: missing key; it takes an integer > 0"),

@@ -47,7 +47,7 @@ def same(a, b):
     questions = [
         [(q.lead.tolist(), q.fact, q.exchange) for q in page.questions] for page in (a, b)
     ]  # arrays have no equality of their own
-    rest = [(p.ids.tolist(), p.write.tolist(), p.facts, p.source) for p in (a, b)]
+    rest = [(p.ids.tolist(), p.write.tolist(), p.facts, p.fact_of.tolist(), p.source) for p in (a, b)]
     return questions[0] == questions[1] and rest[0] == rest[1]
 
 
@@ -98,8 +98,8 @@ def test_sizes_and_types(make, changes):
         pages = source.stream(index)
         assert len(pages) == changes.get("pages", PAGES)
         for page in pages:
-            assert page.ids.shape == page.write.shape == (changes.get("size", SIZE),)
-            assert (page.ids.dtype, page.write.dtype) == (np.int32, np.int8)
+            assert page.ids.shape == page.write.shape == page.fact_of.shape == (changes.get("size", SIZE),)
+            assert (page.ids.dtype, page.write.dtype, page.fact_of.dtype) == (np.int32, np.int8, np.int16)
             assert page.source.startswith("book ")
 
 
@@ -108,7 +108,8 @@ def test_every_second_stream_is_plain(streams, fact_pages):
         for page in streams[index]:
             assert not page.write.any()
             assert page.questions == ()
-            assert page.facts == frozenset()
+            assert page.facts == ()
+            assert (page.fact_of == -1).all()
     assert all(page.facts and page.questions for page in fact_pages)
 
 
@@ -139,24 +140,32 @@ def test_what_is_asked_was_told_and_the_last_is_the_answer(fact_pages, real_toke
         text = real_tokenizer.decode(page.ids)
         for question in page.questions:
             _, value, _ = value_of(question, real_tokenizer)
-            assert question.fact in page.facts
-            values = told(text, question.fact)
-            assert any(says(rest, value) for rest in values), (question.fact, value)
-            if not question.fact.startswith(" Nobody is better at"):  # says who behind the value
-                assert says(values[-1], value), (question.fact, value)
+            fact = page.facts[question.fact]
+            (answer,) = told(real_tokenizer.decode(page.ids[page.fact_of == question.fact]), fact)
+            assert says(answer, value), (fact, value)
+            values = told(text, fact)
+            assert any(says(rest, value) for rest in values), (fact, value)
+            if not fact.startswith(" Nobody is better at"):  # says who behind the value
+                assert fact not in page.facts[question.fact + 1 :]
+                assert says(values[-1], value), (fact, value)
                 assert not any(says(rest, value) for rest in values[:-1])
                 counts[len(values)] += 1
     assert set(counts) == {1, 2, 3}, "some are told again"
 
 
-def test_the_facts_of_a_page_are_all_that_it_tells(fact_pages, real_tokenizer):
+def test_the_facts_of_a_page_are_all_that_it_tells_in_order(fact_pages, real_tokenizer):
     for page in fact_pages:
-        text = real_tokenizer.decode(page.ids)
-        assert all(told(text, fact) for fact in page.facts)
-        for start, stop in runs(page.write != 0):
-            fact = real_tokenizer.decode(page.ids[start:stop])
-            assert any(fact.startswith(known) for known in page.facts), fact
-        assert {question.fact for question in page.questions} <= page.facts
+        assert ((page.fact_of >= 0) == (page.write != 0)).all()
+        assert set(page.fact_of.tolist()) == {-1, *range(len(page.facts))}
+        text, end = real_tokenizer.decode(page.ids), 0
+        for number, known in enumerate(page.facts):
+            ((start, stop),) = runs(page.fact_of == number)
+            assert start >= end, "one behind the other"
+            end = stop
+            (value,) = told(real_tokenizer.decode(page.ids[start:stop]), known)
+            assert real_tokenizer.decode(page.ids[start:stop]).startswith(known)
+            assert value.endswith((".", ";", "!")), "to its end"
+        assert all(len(told(text, fact)) == page.facts.count(fact) for fact in page.facts)
 
 
 def test_no_fact_of_a_page_can_be_taken_for_another(fact_pages, real_tokenizer):

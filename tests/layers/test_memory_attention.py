@@ -129,17 +129,42 @@ def test_a_new_read_gate_is_silent():
     assert not make_read_gate()(random(1, 3, 4), random(1, 3, 2, 5)).any()
 
 
+def reads(*lengths):
+    """Reads of these lengths in one direction a head ``[1, T, 2, 5]``; the directions; the lengths."""
+    direction = torch.nn.functional.normalize(random(1, 1, 2, 5), dim=-1)
+    lengths = torch.tensor(lengths, dtype=torch.float64)
+    return direction * lengths[:, None, None], direction, lengths
+
+
 def test_a_read_gate_opens_with_the_length_of_the_read():
     gate = make_read_gate()
     torch.nn.init.constant_(gate.scale, 3.0)
-    direction = torch.nn.functional.normalize(random(1, 1, 2, 5), dim=-1)
-    lengths = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
-    opened = gate(random(1, 5, 4), direction * lengths[:, None, None])
-    assert opened.shape == (1, 5, 2, 1)
-    for head in opened[0, :, :, 0].T:
+    read, direction, lengths = reads(0.05, 0.25, 0.5, 0.75, 1.0)
+    said = gate(random(1, 5, 4), read)
+    assert said.shape == (1, 5, 2, 5)
+    loud = said.norm(dim=-1)
+    torch.testing.assert_close(said, loud[..., None] * direction, **EXACT)
+    for head in loud[0].T:
         assert (head.diff() > 0.1).all()
         torch.testing.assert_close(head[2], torch.tensor(1.5, dtype=torch.float64), **EXACT)
-        torch.testing.assert_close(head, 3 * (8 * lengths - 4).sigmoid(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(head, 3 * (8 * lengths - 4).sigmoid(), **EXACT)
+
+
+def test_what_is_read_is_said_at_one_loudness():
+    """But for what the gate makes of its length; and the shortest reads fade to nothing."""
+    gate = make_read_gate()
+    with torch.no_grad():
+        gate.scale.copy_(torch.tensor([3.0, 2.0]))
+        gate.proj.weight.copy_(random(2, 4, seed=3))
+        gate.match.zero_()
+    hidden = random(1, 1, 4).expand(1, 6, 4)
+    read, direction, lengths = reads(0.0, 0.005, 0.01, 0.1, 1.0, 50.0)
+    said = gate(hidden, read)
+    loud = torch.tensor([3.0, 2.0], dtype=torch.float64) * gate.proj(hidden[0, 0]).sigmoid()
+    assert (loud[0] - loud[1]).abs() > 1e-3, "each head has its own"
+    expected = (lengths / 0.01).clamp(max=1)[:, None, None] * loud[:, None] * direction
+    torch.testing.assert_close(said, expected, **EXACT)
+    assert (said[:, 0] == 0).all()
 
 
 def test_each_head_has_its_own_read_gate():
@@ -147,8 +172,8 @@ def test_each_head_has_its_own_read_gate():
     with torch.no_grad():
         gate.scale.copy_(torch.tensor([1.0, 0.0]))
     opened = gate(random(1, 3, 4), random(1, 3, 2, 5))
-    assert (opened[..., 0, 0] > 0.1).all()
-    assert not opened[..., 1, 0].any()
+    assert (opened[..., 0, :].norm(dim=-1) > 0.1).all()
+    assert not opened[..., 1, :].any()
 
 
 def test_gradients_at_an_empty_memory_are_numbers():
@@ -156,7 +181,9 @@ def test_gradients_at_an_empty_memory_are_numbers():
     torch.nn.init.constant_(gate.scale, 1.0)
     read = torch.zeros(1, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     hidden = random(1, 3, 4).requires_grad_()
-    (gate(hidden, read) * (read + 1)).sum().backward()
+    said = gate(hidden, read)
+    assert (said == 0).all(), "an empty memory says nothing"
+    said.sum().backward()
     for parameter in (*gate.parameters(), read, hidden):
         assert parameter.grad.isfinite().all()
     assert (read.grad > 0).all()

@@ -47,11 +47,14 @@ def test_pages_are_what_the_model_reads_as_one_text(features, pages, run):
     size = pages.size * pages.pages
     assert features.page_size == pages.size
     assert len(features.ids) == len(features.final) == len(features.write) == len(features.facts) * pages.size
+    assert features.fact_of.shape == features.ids.shape
+    assert features.fact_of.max() > 0
     for place, index in enumerate(STREAMS):
         stream, rows = pages.stream(index), slice(place * size, (place + 1) * size)
         assert torch.equal(features.ids[rows], ids_of(stream))
         assert features.write[rows].tolist() == [label for page in stream for label in page.write.tolist()]
-        assert features.facts[place * pages.pages : (place + 1) * pages.pages] == [page.facts for page in stream]
+        assert features.facts[place * pages.pages : (place + 1) * pages.pages] == [list(page.facts) for page in stream]
+        assert features.fact_of[rows].tolist() == [number for page in stream for number in page.fact_of.tolist()]
         assert (features.stream[rows] == features.stream[place * size]).all()
         final, hidden, _ = run(ids_of(stream))
         torch.testing.assert_close(features.final[rows], final, **CLOSE)
@@ -114,7 +117,10 @@ def test_saved_and_loaded_they_are_the_same(features, tmp_path):
                 assert one == two
 
     check(loaded, features)
-    assert all(isinstance(page, frozenset) for page in loaded.facts)
+    assert any(loaded.facts)
+    assert all(isinstance(fact, str) for page in loaded.facts for fact in page)
+    assert loaded.fact_of.dtype == torch.int16
+    assert all(isinstance(question.fact, int) for question in loaded.asked)
     assert all(isinstance(question, AskedFeatures) for question in loaded.asked)
     for a, b in zip(loaded.asked, features.asked, strict=True):
         check(a, b)

@@ -90,7 +90,8 @@ def separable():
         hidden[index] = 10 * random(32) + width * (random(tokens, 32) + mark * (write == 1)[:, None])
     stream = torch.arange(tokens) // 1000
     nothing = torch.zeros(tokens, 1)
-    return Features(500, torch.zeros(tokens).long(), write, stream, nothing, random(tokens).abs(), hidden, [], [])
+    surprise, fact_of = random(tokens).abs(), torch.full((tokens,), -1, dtype=torch.int16)
+    return Features(500, torch.zeros(tokens).long(), write, stream, nothing, surprise, hidden, [], fact_of, [])
 
 
 @pytest.mark.parametrize("write_gate", ["hidden", "surprise"])
@@ -226,7 +227,8 @@ def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pag
             if memory.write_gate(row, torch.zeros_like(row), features.surprise[last]).any():
                 break  # features leave out what nothing follows
         else:
-            texts.append((mine, [q for q, *_ in of_text]))
+            told = [(p, frozenset(range(len(features.facts[p])))) for p in mine]
+            texts.append((told, [q for q, *_ in of_text]))
             text = read(model, features.ids[rows])
             real.append([heard(model, text, ids, part) for _, ids, part in of_text])
             written = [torch.cat([reading.pairs[i][p][0] for p in mine]) for i in (1, 2)]
@@ -265,24 +267,87 @@ def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pag
     assert loss.item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-4)
 
 
-def test_no_question_is_asked_that_a_later_page_contradicts(make_reading, features):
-    question = features.asked[0]
-    other = next(q.page for q in features.asked if q.page != question.page)
-    facts = [facts | {question.fact} if page == other else facts for page, facts in enumerate(features.facts)]
+@torch.no_grad()
+def all_reads(reading, texts):
+    """What both memories add to each text's questions and to the same plain tokens."""
+    starts = [reading.silent[0]] * len(texts)
+    return [reading._reads(index, memory, texts, starts) for index, memory in reading.model.model.memories.items()]
+
+
+def test_of_a_fact_that_is_left_out_nothing_is_written(make_reading):
+    """Of a text of one fact: its pairs, and what the gate lets through of plain text."""
+    reading = make_reading()
+    features, pairs = reading.features, {index: list(pages) for index, pages in reading.pairs.items()}
+    page = max(range(len(features.facts)), key=lambda p: len(features.facts[p]))
+    every, questions = frozenset(range(len(features.facts[page]))), reading.by_page[page]
+    assert len(every) > 2
+    (full,) = zip(*all_reads(reading, [([(page, every)], questions)]), strict=True)
+    for facts in (frozenset(), *(frozenset([number]) for number in every), frozenset([0, 2]), every):
+        for index in pairs:
+            rows, strength = pairs[index][page]
+            numbers = features.fact_of[rows].tolist()
+            kept = torch.tensor([number == -1 or number in facts for number in numbers])
+            assert set(numbers) == {-1, *every}, "the gate lets through some of each"
+            left, how = reading._left(index, page, facts)
+            assert torch.equal(left, rows[kept])
+            assert torch.equal(how, strength[kept])
+            assert set(features.fact_of[left].tolist()) == {-1, *facts}
+            reading.pairs[index][page] = rows, strength * kept[:, None]
+        (expected,) = zip(*all_reads(reading, [([(page, every)], questions)]), strict=True)
+        for index in pairs:
+            reading.pairs[index][page] = pairs[index][page]
+        (found,) = zip(*all_reads(reading, [([(page, facts)], questions)]), strict=True)
+        for layer, other, whole in zip(found, expected, full, strict=True):
+            torch.testing.assert_close(layer, other, rtol=1e-4, atol=1e-5)
+            assert ((layer - whole).abs().max() > 1e-2) == (facts != every)
+
+
+@pytest.mark.parametrize("where", ["on another page", "on its page"])
+def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_reading, features, where):
+    """And none whose own fact is left out."""
+    question = next(q for q in features.asked if q.fact + 1 < len(features.facts[q.page]))
+    words = features.facts[question.page][question.fact]
+    if where == "on its page":
+        again = question.page, question.fact + 1
+    else:
+        again = next(q.page for q in features.asked if q.page != question.page), 0
+    facts = [list(said) for said in features.facts]
+    facts[again[0]][again[1]] = words
     reading = make_reading(replace(features, facts=facts))
-    seen = set()
-    for i in range(80):
+    seen, shares, whole = set(), set(), 0
+    for i in range(800):
         reading.rng = Random(i)
-        pages, asked = reading._text()
-        assert len(set(pages)) == len(pages) <= SETTINGS.fact_pages + SETTINGS.plain_pages
-        place = {page: at for at, page in enumerate(pages)}
-        for q in asked:
-            assert not any(q.fact in facts[page] for page in pages[place[q.page] + 1 :])
-        if {question.page, other} <= set(pages):
-            seen.add((place[other] > place[question.page], any(q is question for q in asked)))
+        text, asked = reading._text()
+        places = [page for page, _ in text]
+        assert len(set(places)) == len(places) <= SETTINGS.fact_pages + SETTINGS.plain_pages
+        assert all(numbers <= set(range(len(facts[page]))) for page, numbers in text)
+        told = [(page, number) for page, numbers in text for number in sorted(numbers)]
+        shares.add(len(told) / sum(len(facts[page]) for page in places))
+        assert told
+        rest = [[facts[p][n] for p, n in told[place + 1 :]] for place in range(len(told))]
+        true = {fact for fact, later in zip(told, rest, strict=True) if facts[fact[0]][fact[1]] not in later}
+        could = [q for q in features.asked if (q.page, q.fact) in true]
+        assert len({id(q) for q in asked}) == len(asked)
+        assert {id(q) for q in asked} <= {id(q) for q in could}
+        if sum(len(q.target) for q in could) <= fit.ANSWERS:
+            assert len(asked) == len(could), "all that can be"
+            whole += 1
+        if len(told) == 1:
+            assert could, "there is something to ask for"
         assert sum(len(q.target) for q in asked) <= fit.ANSWERS
-    assert seen >= {(True, False), (False, True)}
-    assert (True, True) not in seen
+        own = question.page, question.fact
+        if own in told:
+            later = again in told and told.index(again) > told.index(own)
+            seen.add((again in told, later, any(q is question for q in asked)))
+        else:
+            assert not any(q is question for q in asked)
+    order = {(True, True, False), (False, False, True)}
+    assert seen - {(False, False, False), (True, False, False)} == (  # those were one too many
+        order if where == "on its page" else order | {(True, False, True)}
+    )
+    assert min(shares) < 0.2
+    assert max(shares) == 1.0
+    assert whole > 100
 
 
 # learning --------------------------------------------------------------------------------------------------------
