@@ -30,7 +30,10 @@ def model(randomise):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096}
     special = {"tie_word_embeddings": True, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
     base = LlamaForCausalLM(LlamaConfig(**fields, **heads, **special, initializer_range=0.2))
-    return randomise(convert_to_senri(base, **MEMORY))
+    made = randomise(convert_to_senri(base, **MEMORY))
+    for memory in made.model.memories.values():
+        memory.read_gate.scale.data.fill_(4.0)  # loud enough to be heard above the base
+    return made
 
 
 @pytest.fixture

@@ -282,8 +282,11 @@ def steps(monkeypatch):
 @KINDS
 def test_states_answered_together_are_answered_alone(make_reader, kind):
     reader, ids = make_reader(kind), text(40, 1)
+    for memory in reader.model.model.memories.values():
+        if memory.readout == "head":
+            memory.read_gate.scale.data.mul_(3.0)  # loud enough for another memory to change the answer
     on, off = reader.read(ids, 40), reader.read(ids, 40, memory=False)
-    states = [on, off, reader.with_memory_of(off, reader.memory_of(reader.read(text(40, 2), 40)))]
+    states = [on, off, reader.with_memory_of(off, reader.memory_of(reader.read(text(40, 3), 40)))]
     copies = [copied(s) for s in states]
     free = question(n=20)
     together = reader.answer(states, free)

@@ -63,7 +63,7 @@ def test_the_memory_starts_silent_with_its_own_start_values(make_base):
         memory = convert_to_senri(make_base(), **OPTIONS, **options).model.layers[1].memory
         assert torch.equal(memory.q_proj.weight, torch.eye(32, dtype=torch.float64))
         assert memory.o_proj.weight.abs().max() == 0
-    assert torch.equal(memory.k_conv, torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64).expand(32, 3))
+    assert torch.equal(memory.k_conv, torch.tensor([[0.5, 1.0, 0.0]], dtype=torch.float64).expand(32, 3))
     assert memory.write_gate.out_proj.bias.tolist() == [2.0] * 4
     assert memory.forget_gate_proj.bias.tolist() == [-8.0] * 4
     wide = convert_to_senri(make_base(), memory_head_dim=24, memory_readout="head", **OPTIONS).model.layers[1].memory
