@@ -128,10 +128,13 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
     from senri.training.feature_trainer import train_on_features
     from senri.training.fit import check_model
     from senri.training.settings import FeatureSettings
+    from senri.training.trainer import processes
 
     training, started = config.training, time.perf_counter()
     if training.trainable != "memory":
         raise ValueError(f"method features trains the memory alone, not {training.trainable}: set method to bptt")
+    if processes().num_processes > 1:
+        raise ValueError("method features runs in one process: start it with senri train, or set method to bptt")
     settings = FeatureSettings(**training.features.model_dump())
     texts = split_documents(load_documents(data), "training")
     adapter = find_adapter(config.base_model_name, training.init_adapter)

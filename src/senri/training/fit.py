@@ -175,6 +175,10 @@ class Reading:
         usable[taps:] &= stream[:-taps] == stream[taps:]
         plain = features.write == 0
         self.silent = (usable & plain).nonzero()[:, 0]
+        if not len(self.silent):
+            raise TrainingError(
+                f"the streams are too short: raise page_size or pages, together they need over {SILENT + taps} tokens"
+            )
 
     def _vocabulary(self) -> tuple[Tensor, Tensor]:
         """The tokens that the loss is taken over, and the place of each among them (-1: not there)."""
