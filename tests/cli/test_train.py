@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,14 +280,22 @@ def test_a_training_on_features_goes_on(senri, training, monkeypatch):
         (GATED, {"trainable": "memory+lora"}, r"trains the memory alone, not memory\+lora: set method to bptt"),
         ({**GATED, "memory_readout": "layer"}, {}, "needs a memory with memory_readout head and write_gate hidden or"),
         ({**GATED, "write_gate": "none"}, {}, "needs a memory with memory_readout head and write_gate hidden or"),
+        (GATED, {"features": {**FEATURES, "pages": 1, "page_size": 68}}, r"streams are too short: raise page_size or"),
         (GATED, {"features": {**FEATURES, "pages": 2000}}, r"the haystack has [\d,]+ tokens and a sample needs"),
     ],
-    ids=["trainable", "readout", "gate", "text"],
+    ids=["trainable", "readout", "gate", "short", "text"],
 )
 def test_what_features_cannot_train_is_one_line(senri, training, one_line, senri_fields, changes, line):
     training(model={"senri": senri_fields}, **{"method": "features", "features": FEATURES, **changes})
     one_line(senri("train", "-o", "run"), line)
     assert not Path("run/adapter.safetensors").exists()
+
+
+def test_features_run_in_one_process(senri, training, one_line, monkeypatch):
+    monkeypatch.setattr("senri.training.trainer.processes", lambda: SimpleNamespace(num_processes=2))
+    training(model={"senri": GATED}, method="features", features=FEATURES)
+    one_line(senri("train", "-o", "run"), "method features runs in one process")
+    assert not Path("run").exists()
 
 
 @pytest.mark.slow
