@@ -20,7 +20,8 @@ from senri.data.needle_tasks import HELD_OUT, NIAH, RULER_NIAH
 from senri.data.needle_tasks import KINDS as HELD_OUT_KINDS
 from senri.data.samples import SampleError
 from senri.data.training_facts import KINDS, TELLINGS
-from senri.data.training_recall import LINKS, chain, needle, overwritten
+from senri.data.training_forms import OPENINGS, Forms
+from senri.data.training_recall import LINKS, Asked, chain, needle, overwritten, whereabouts
 
 LENGTH, WINDOW = 1024, 256
 STORY = Story(
@@ -314,7 +315,7 @@ def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
                     if answered(answer, value):
                         assert question in ("What is the secret key mentioned above?", "What is the secret key?")
                         seen[form, question, answer.removesuffix(".\n").replace(value, "VALUE")] += 1
-                        assert begun in ("", "The secret key is:")
+                        assert begun in ("", "The secret key is:", *OPENINGS)
                         assert whole.count(value) == 2
     above = "What is the secret key mentioned above?"
     for form, answer in (("begun", " VALUE"), ("open", " VALUE"), ("open", " The secret key is: VALUE")):
@@ -376,7 +377,7 @@ def test_a_chain_can_be_followed_from_its_text_alone(make, real_tokenizer):
     assert set(hops) == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("make_recall", [needle, overwritten, chain])
+@pytest.mark.parametrize("make_recall", [needle, overwritten, chain, whereabouts])
 def test_facts_and_questions_fit_together(make_recall):
     for i in range(500):
         recall = make_recall(Random(i))
@@ -391,6 +392,78 @@ def test_facts_and_questions_fit_together(make_recall):
         assert not any(a != b and a.startswith(b) for a, b in product(stems, stems)), "no question means two facts"
         small = make_recall(Random(i), small=True)
         assert (len(small.told), len(small.asked)) == (1 if make_recall is needle else 2, 1)
+
+
+def test_a_person_is_where_the_last_move_went():
+    persons, rooms = Counter(), set()
+    for i in range(300):
+        recall = whereabouts(Random(i))
+        moves = [re.fullmatch(r" (\w+) .* the (\w+)\.", told.text).groups() for told in recall.told]
+        persons[len(dict(moves))] += 1
+        rooms |= {room for _, room in moves}
+        assert recall.ordered
+        assert all(
+            told.text[slice(*span)] == room
+            for told, (_, room) in zip(recall.told, moves, strict=True)
+            for span in told.values
+        )
+        for name in dict(moves):
+            assert all(a != b for a, b in pairwise(room for who, room in moves if who == name)), "each is a move"
+        assert [told.about for told in recall.told] == [f" {name} is in" for name, _ in moves]
+        asked = [re.fullmatch(r"Where is (\w+)\?", asked.question).group(1) for asked in recall.asked]
+        assert len(set(asked)) == len(asked) <= 2
+        for name, question in zip(asked, recall.asked, strict=True):
+            assert question.value == dict(moves)[name]
+            assert question.begun == f"{name} is in the"
+            assert question.fact == max(n for n, (who, _) in enumerate(moves) if who == name)
+        assert recall.needed == {question.fact for question in recall.asked}
+    assert set(persons) == {1, 2, 3, 4}
+    assert rooms == set(training_facts.ROOMS)
+
+
+def test_the_same_is_told_again_with_another_value():
+    """What facts are about decides which of them is no longer true."""
+    for i in range(300):
+        first, *others = overwritten(Random(i)).told
+        assert others
+        assert {told.about for told in others} == {first.about}
+        assert all(told.text != first.text for told in others)
+        assert first.text.startswith(first.about) or first.text[slice(*first.values[0])] not in first.about
+
+
+# how answers begin -----------------------------------------------------------------------------------------------
+
+
+def test_some_answers_begin_in_other_words(real_tokenizer):
+    forms, asked = Forms(real_tokenizer, chat=0.0), Asked("Where is Ann?", "Ann is in the", "kitchen", 0)
+    begun = Counter()
+    for i in range(400):
+        (exchange,) = forms.exchanges([asked], Random(i))
+        whole = real_tokenizer.decode([*exchange.prompt, *exchange.answer])
+        assert real_tokenizer.decode(exchange.answer[exchange.value_from :]) == " kitchen.\n"
+        begun[whole.removeprefix("\n\nQuestion: Where is Ann?\nAnswer:").removesuffix(" kitchen.\n").strip()] += 1
+    assert set(begun) == {"", asked.begun, *OPENINGS}
+    opened = sum(begun[words] for words in OPENINGS)
+    assert 0.15 < opened / (opened + begun[asked.begun]) < 0.35
+
+
+def test_chat_answers_begin_in_other_words_too(real_tokenizer):
+    forms, asked = Forms(real_tokenizer, chat=1.0), Asked("Where is Ann?", "Ann is in the", "kitchen", 0)
+    begun = Counter()
+    for i in range(200):
+        (exchange,) = forms.exchanges([asked], Random(i))
+        assert real_tokenizer.decode(exchange.answer[exchange.value_from :]) == " kitchen.<|im_end|>"
+        begun[real_tokenizer.decode(exchange.answer[: exchange.value_from])] += 1
+    assert set(begun) == {asked.begun, *OPENINGS}
+    assert begun[asked.begun] > 100
+
+
+@pytest.mark.parametrize("chat", [0.0, 0.3])
+def test_a_prompt_that_leaves_the_answer_open(real_tokenizer, chat):
+    found = [real_tokenizer.decode(ids) for ids in Forms(real_tokenizer, chat).prompts("Who are you?")]
+    turns = [{"role": "user", "content": "Who are you?"}]
+    turn = real_tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert found == ["\n\nQuestion: Who are you?\nAnswer:", turn][: 2 if chat else 1]
 
 
 # chat ------------------------------------------------------------------------------------------------------------
@@ -511,14 +584,15 @@ def test_a_story_that_is_too_long_is_left_for_another(make):
 
 # held out --------------------------------------------------------------------------------------------------------
 
-LISTS = ("FIRST", "LAST", "PLACES", "THINGS", "ANIMALS", "COLOURS", "TRADES", "WORDS")
+LISTS = ("FIRST", "LAST", "PLACES", "THINGS", "ANIMALS", "COLOURS", "TRADES", "DISHES", "CALLINGS", "ROOMS", "WORDS")
 HELD_LISTS = ("FIRST_NAMES", "LAST_NAMES", "CITIES", "FOODS", "JOBS")
 
 
 @pytest.mark.parametrize(("ours", "held"), list(product(LISTS, HELD_LISTS)))
 def test_no_list_has_a_held_out_name(ours, held):
     both = [
-        {item.lower() for item in getattr(module, name)} for module, name in ((training_facts, ours), (words, held))
+        {re.sub(r"^an? ", "", item.lower()) for item in getattr(module, name)}
+        for module, name in ((training_facts, ours), (words, held))
     ]
     assert all(both)
     assert not both[0] & both[1]

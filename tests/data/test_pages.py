@@ -7,12 +7,17 @@ from itertools import product
 import numpy as np
 import pytest
 
+import senri.data.pages as module
 from senri.data.corpus import Document
-from senri.data.pages import LEAD, ROOM, RecallPages
+from senri.data.haystack import encode
+from senri.data.pages import FILLER, IN_SIGHT, LEAD, RIVAL, ROOM, RecallPages
 from senri.data.samples import SampleError
+from senri.data.training_chat import PROMPTS
 
 SIZE, PAGES, QUESTIONS = 256, 3, 2
-STREAMS = range(0, 24, 2)  # those with facts
+STREAMS = [index for index in range(18) if index % 3 != 2]  # those with facts
+PLAIN, FILLED = (5, 8), (2, 17)  # without: of books, of sentences that come again
+STEM = re.compile(r"(?:Question: |user\n)(.+?)(?: mentioned above)?\?(?:\n|<)")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def make(documents, real_tokenizer):
 @pytest.fixture(scope="module")
 def streams(make):
     source = make()
-    return {index: source.stream(index) for index in [*STREAMS, 1, 3]}
+    return {index: source.stream(index) for index in [*STREAMS, *PLAIN]}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,26 @@ def value_of(question, tokenizer):
     return begun, value, end
 
 
+def texts_of(page, tokenizer):
+    """The facts of a page as it tells them."""
+    return [tokenizer.decode(page.ids[page.fact_of == number]) for number in range(len(page.facts))]
+
+
+def in_sight(question, page, tokenizer):
+    """The book's tokens before a question, and the numbers of the facts that stand between them and the question."""
+    text, seen, facts = tokenizer.decode(question.lead), [], texts_of(page, tokenizer)
+    while numbers := [number for number, fact in enumerate(facts) if text.endswith(fact)]:
+        seen.insert(0, numbers[-1])
+        text = text.removesuffix(facts[numbers[-1]])
+    shown = encode(tokenizer, "".join(facts[number] for number in seen))
+    assert question.lead[len(question.lead) - len(shown) :].tolist() == shown
+    return question.lead[: len(question.lead) - len(shown)], seen
+
+
+def holds(text, value):
+    return re.search(rf"(?<![\w-]){re.escape(value)}(?![\w-])", text)
+
+
 def told(text, fact):
     """What a page says behind the words of a fact, each time."""
     return [text[m.end() :] for m in re.finditer(re.escape(fact) + ":? ", text)]
@@ -84,11 +109,11 @@ def says(rest, value):
 
 def test_a_stream_follows_from_the_seed_and_its_number(make, streams):
     again, other = make(), make(seed=1)
-    for index in (4, 0, 3):  # in another order
+    for index in (4, 0, 5):  # in another order
         pages = again.stream(index)
         assert all(same(a, b) for a, b in zip(pages, streams[index], strict=True))
         assert not any(same(a, b) for a, b in zip(other.stream(index), pages, strict=True))
-    assert not same(streams[0][0], streams[2][0])
+    assert not same(streams[0][0], streams[1][0])
 
 
 @pytest.mark.parametrize("changes", [{}, {"size": 100, "pages": 5}])
@@ -100,12 +125,12 @@ def test_sizes_and_types(make, changes):
         for page in pages:
             assert page.ids.shape == page.write.shape == page.fact_of.shape == (changes.get("size", SIZE),)
             assert (page.ids.dtype, page.write.dtype, page.fact_of.dtype) == (np.int32, np.int8, np.int16)
-            assert page.source.startswith("book ")
+            assert page.source.startswith("filler" if index == 2 else "book ")
 
 
-def test_every_second_stream_is_plain(streams, fact_pages):
-    for index in (1, 3):
-        for page in streams[index]:
+def test_every_third_stream_is_plain(make, streams, fact_pages):
+    for index in (*PLAIN, *FILLED):
+        for page in streams.get(index) or make().stream(index):
             assert not page.write.any()
             assert page.questions == ()
             assert page.facts == ()
@@ -119,6 +144,19 @@ def test_without_its_facts_a_stream_is_one_stretch_of_a_book(make, streams):
         assert in_books(np.concatenate([page.ids[page.write == 0] for page in pages]), source)
         for page in pages:
             assert np.count_nonzero(page.write) <= ROOM * SIZE
+
+
+def test_some_plain_streams_say_little_again_and_again(make, real_tokenizer):
+    texts = []
+    for index in FILLED:
+        ids = np.concatenate([page.ids for page in make().stream(index)])
+        texts.append(real_tokenizer.decode(ids))
+        said = set(re.findall(r"[A-Z][^.]*\.", texts[-1]))
+        assert 2 <= len(said) <= 6
+        assert said <= set(FILLER)
+        period = next(n for n in range(1, len(ids)) if (ids[n:] == ids[:-n]).all())
+        assert period < len(ids) / 4
+    assert texts[0] != texts[1]
 
 
 def test_labels_are_those_of_the_values(fact_pages, real_tokenizer):
@@ -135,22 +173,31 @@ def test_labels_are_those_of_the_values(fact_pages, real_tokenizer):
 
 
 def test_what_is_asked_was_told_and_the_last_is_the_answer(fact_pages, real_tokenizer):
-    counts = Counter()
+    counts, moves = Counter(), Counter()
     for page in fact_pages:
-        text = real_tokenizer.decode(page.ids)
+        texts = texts_of(page, real_tokenizer)
         for question in page.questions:
+            if question.fact == -1:
+                continue
             _, value, _ = value_of(question, real_tokenizer)
-            fact = page.facts[question.fact]
-            (answer,) = told(real_tokenizer.decode(page.ids[page.fact_of == question.fact]), fact)
-            assert says(answer, value), (fact, value)
-            values = told(text, fact)
-            assert any(says(rest, value) for rest in values), (fact, value)
-            if not fact.startswith(" Nobody is better at"):  # says who behind the value
-                assert fact not in page.facts[question.fact + 1 :]
+            fact, text = page.facts[question.fact], texts[question.fact]
+            assert holds(text, value), (fact, value)
+            assert fact not in page.facts[question.fact + 1 :], "none comes later"
+            if "..." in fact:  # says behind the value whose it is
+                assert text == fact.replace("...", value)
+                continue
+            if text.startswith(fact):
+                (answer,) = told(text, fact)
+                assert says(answer, value), (fact, value)
+                values = told(real_tokenizer.decode(page.ids), fact)
                 assert says(values[-1], value), (fact, value)
                 assert not any(says(rest, value) for rest in values[:-1])
                 counts[len(values)] += 1
+            elif fact.endswith(" is in"):
+                assert re.fullmatch(rf"{fact.removesuffix(' is in')} [\w ]+ to the {value}\.", text)
+                moves[page.facts.count(fact)] += 1
     assert set(counts) == {1, 2, 3}, "some are told again"
+    assert set(moves) > {1, 2}, "some go on"
 
 
 def test_the_facts_of_a_page_are_all_that_it_tells_in_order(fact_pages, real_tokenizer):
@@ -162,20 +209,80 @@ def test_the_facts_of_a_page_are_all_that_it_tells_in_order(fact_pages, real_tok
             ((start, stop),) = runs(page.fact_of == number)
             assert start >= end, "one behind the other"
             end = stop
-            (value,) = told(real_tokenizer.decode(page.ids[start:stop]), known)
-            assert real_tokenizer.decode(page.ids[start:stop]).startswith(known)
-            assert value.endswith((".", ";", "!")), "to its end"
-        assert all(len(told(text, fact)) == page.facts.count(fact) for fact in page.facts)
+            fact = real_tokenizer.decode(page.ids[start:stop])
+            assert fact.startswith(known.removesuffix("is in").partition("...")[0])
+            assert fact.endswith((".", ";", "!")), "to its end"
+            if fact.startswith(known):
+                assert len(told(fact, known)) == 1
+                if len(known.split()) > 2:  # shorter ones stand in the book itself
+                    assert len(told(text, known)) == page.facts.count(known)
+
+
+def test_some_facts_stand_in_sight_of_a_question(make, fact_pages, real_tokenizer):
+    """Its own, and then no fact of the page is needed; or others of its group, which must not be taken for it."""
+    source, own, rivals, sizes = make(), [], Counter(), []
+    for page in fact_pages:
+        texts = texts_of(page, real_tokenizer)
+        for question in page.questions:
+            book, seen = in_sight(question, page, real_tokenizer)
+            assert in_books(book, source)
+            sizes.append(len(book))
+            _, value, _ = value_of(question, real_tokenizer)
+            own.append(question.fact == -1)
+            if own[-1]:
+                assert any(holds(texts[number], value) for number in seen)
+                rivals[len(seen) - 1] += 1
+            else:
+                assert texts[question.fact] not in [texts[number] for number in seen]
+                assert page.facts[question.fact] not in [page.facts[number] for number in seen]
+                rivals[len(seen)] += 1
+    assert 0.5 * IN_SIGHT < np.mean(own) < 2 * IN_SIGHT
+    assert set(rivals) == {0, 1, 2}
+    assert 0.05 < 1 - rivals[0] / len(own) < RIVAL
+    assert min(sizes) >= LEAD[0]
+    assert max(sizes) <= LEAD[1]
+    assert 15 < np.median(sizes) < 40, "few tokens more often than many"
+    assert max(sizes) > 100
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_own_fact_is_in_sight_exactly_where_the_page_is_not_asked(make, real_tokenizer, monkeypatch, share):
+    monkeypatch.setattr(module, "IN_SIGHT", share)
+    for page in make().stream(0):
+        texts = texts_of(page, real_tokenizer)
+        assert all((question.fact == -1) == (share == 1) for question in page.questions)
+        for question in page.questions:
+            _, value, _ = value_of(question, real_tokenizer)
+            _, seen = in_sight(question, page, real_tokenizer)
+            assert any(holds(texts[number], value) for number in seen) or share == 0
+
+
+@pytest.mark.parametrize("chat", [0.0, 0.3])
+def test_what_no_page_answers(make, real_tokenizer, chat):
+    source = make(chat=chat)
+    found = source.unrelated()
+    assert found == make(chat=chat).unrelated()
+    assert found != make(chat=chat, seed=1).unrelated()
+    prompts = [prompt for question in PROMPTS for prompt in source.forms.prompts(question)]
+    assert len(found) == len(prompts) == len(PROMPTS) * (2 if chat else 1)
+    sizes = []
+    for ids, prompt in zip(found, prompts, strict=True):
+        assert ids[-len(prompt) :] == prompt
+        lead = np.array(ids[: -len(prompt)], dtype=np.int32)
+        if len(lead):
+            assert in_books(lead, source)
+            sizes.append(len(lead))
+    assert 0.3 < len(sizes) / len(found) < 0.7
+    assert LEAD[0] <= min(sizes) <= max(sizes) <= LEAD[1]
 
 
 def test_no_fact_of_a_page_can_be_taken_for_another(fact_pages, real_tokenizer):
-    stem = re.compile(r"(?:Question: |user\n)(.+?)(?: mentioned above)?\?(?:\n|<)")
     for page in fact_pages:
         for a, b in product(page.facts, page.facts):
             assert a == b or not a.startswith(b), (a, b)
         meant = {}
         for question in page.questions:
-            (asked,) = stem.findall(real_tokenizer.decode(question.exchange.prompt))
+            (asked,) = STEM.findall(real_tokenizer.decode(question.exchange.prompt))
             meant.setdefault(asked, set()).add(value_of(question, real_tokenizer)[1])
         assert all(len(values) == 1 for values in meant.values())
         for a, b in product(meant, meant):
@@ -189,28 +296,24 @@ def test_two_ways_to_put_a_colon_are_one_fact(fact_pages):
     assert not [fact for fact in facts if fact.endswith((":", " "))]
 
 
-def test_questions_come_in_several_forms_behind_some_text(make, fact_pages, real_tokenizer):
-    source, forms, sizes = make(), Counter(), set()
+def test_questions_come_in_several_forms(fact_pages, real_tokenizer):
+    forms = Counter()
     for page in fact_pages:
         asked = Counter()
         for question in page.questions:
             begun, value, end = value_of(question, real_tokenizer)
-            asked[question.fact, value] += 1
             prompt = real_tokenizer.decode(question.exchange.prompt)
+            (stem,) = STEM.findall(prompt)
+            asked[stem, value] += 1
             chat = end.endswith("<|im_end|>")
             assert prompt.endswith("assistant\n") if chat else re.search(r"\nAnswer:.*$", prompt)
             forms[chat, bool(begun), prompt.endswith("Answer:")] += 1
-            assert in_books(question.lead, source)
-            sizes.add(len(question.lead))
         assert set(asked.values()) == {QUESTIONS}
     assert set(forms) == {(True, True, False), (False, True, True), (False, False, True), (False, False, False)}
-    assert min(sizes) >= LEAD[0]
-    assert max(sizes) <= LEAD[1]
-    assert len(sizes) > 10
 
 
 def test_texts_that_are_too_short(make):
     source = make(documents=[Document("x", "The sea was calm. " * 40)])
     with pytest.raises(SampleError, match=r"the haystack has \d+ tokens and a sample needs 768") as error:
-        source.stream(1)
+        source.stream(5)
     assert "\n" not in str(error.value)

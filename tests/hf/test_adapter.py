@@ -12,6 +12,7 @@ CASES = [
     {"update_rule": "gated_delta", "write_gate": "surprise", "memory_conv_size": 3},
     {"memory_readout": "head", "update_rule": "delta_token", "feature_map": "relu", "memory_conv_size": 2},
     {"memory_gate": "infini"},
+    {"memory_readout": "head", "update_rule": "delta_token", "write_gate": "hidden", "memory_context_size": 5},
 ]
 
 
@@ -23,7 +24,7 @@ def saved(make_senri, tmp_path):
     return model, tmp_path / "a.safetensors"
 
 
-@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini"])
+@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini", "context"])
 @torch.no_grad()
 def test_on_a_fresh_base_the_model_is_back(make_senri, make_base, tokens, tmp_path, options):
     model, ids, path = make_senri(dtype=torch.float32, **options), tokens(2, 40), tmp_path / "a.safetensors"

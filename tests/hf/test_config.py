@@ -60,6 +60,9 @@ def test_a_base_without_a_preset_gets_memories_that_fit(layers):
         ({"memory_conv_size": -1}, "memory_conv_size must be at least 0"),
         ({"memory_conv_size": 1}, "memory_conv_size 1 convolves nothing"),
         ({"memory_conv_size": 4, "sliding_window_size": 3}, "sliding_window_size must be at least memory_conv_size"),
+        ({"memory_context_size": -1}, "memory_context_size must be at least 0"),
+        ({"memory_context_size": 4, "sliding_window_size": 3}, "must be at least memory_context_size"),
+        ({"memory_conv_size": 2, "memory_context_size": 2}, "memory_conv_size and memory_context_size both make the"),
         ({"update_rule": "hebb"}, "update_rule 'hebb' is not one of: linear, delta, delta_token, gated_delta"),
         ({"feature_map": "gelu"}, "feature_map 'gelu' is not one of: elu_plus_one"),
         ({"feature_map": "identity"}, "feature_map 'identity' can be negative, so update_rule 'linear' cannot"),
@@ -98,6 +101,8 @@ def test_what_may_be_is_taken():
         {"memory_num_key_value_heads": 3},
         {"memory_gate": "infini", "memory_num_heads": 4, "memory_head_dim": 8},
         {"sliding_window_size": 3, "memory_conv_size": 3},
+        {"sliding_window_size": 3, "memory_context_size": 3},
+        {"memory_context_size": 1},
         {"num_sink_tokens": 0},
         {"num_sink_tokens": 4, "sliding_window_size": 2},
     ):
@@ -106,11 +111,12 @@ def test_what_may_be_is_taken():
     assert SenriConfig(num_hidden_layers=30, rope_theta=5e4, **SMALL).rope_parameters["rope_theta"] == 5e4
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
+@pytest.mark.parametrize("keys", [{"memory_conv_size": 4}, {"memory_context_size": 5}], ids=["conv", "context"])
+def test_saved_and_loaded_it_is_the_same(tmp_path, keys):
     config = SenriConfig(
         num_hidden_layers=8, sliding_window_size=5, update_rule="gated_delta", first_memory_layer=2,
-        memory_layer_interval=3, memory_num_heads=6, memory_num_key_value_heads=2, memory_conv_size=4,
-        write_gate="surprise", memory_readout="head",
+        memory_layer_interval=3, memory_num_heads=6, memory_num_key_value_heads=2,
+        write_gate="surprise", memory_readout="head", **keys,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5}, **SMALL,
     )  # fmt: skip
     config.save_pretrained(tmp_path)

@@ -15,6 +15,11 @@ CASES = [
     for readout in ("layer", "head")
 ]
 CASES.append({"memory_gate": "infini", "memory_head_dim": 8, "write_gate": "hidden"})
+CONTEXT = [
+    {"update_rule": rule, "memory_readout": readout, "write_gate": "surprise", "memory_context_size": 5}
+    for rule, readout in (("linear", "layer"), ("delta_token", "head"))
+]
+CASES += CONTEXT
 
 
 def name(options) -> str:
@@ -61,7 +66,7 @@ def test_inside_the_window_the_memory_gets_no_gradient(make_senri, tokens, optio
             assert gradient.abs().max() < 1e-9, parameter
 
 
-@pytest.mark.parametrize("options", CASES[:2], ids=name)
+@pytest.mark.parametrize("options", [*CASES[:2], *CONTEXT], ids=name)
 def test_at_its_silent_start_the_branch_can_begin_to_learn(make_senri, tokens, options):
     model, ids = make_senri(random=False, **options).train(), tokens(2, 30)
     model(ids, labels=ids).loss.backward()

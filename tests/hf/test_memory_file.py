@@ -16,6 +16,7 @@ CASES = [
     {"update_rule": "delta_token", "memory_readout": "head", "write_gate": "surprise", "memory_conv_size": 3},
     {"memory_gate": "infini", "memory_head_dim": 8},
     {"num_sink_tokens": 4},
+    {"update_rule": "delta_token", "memory_readout": "head", "write_gate": "surprise", "memory_context_size": 5},
 ]
 
 
@@ -30,7 +31,7 @@ def saved(make_senri, tokens, tmp_path):
 
 @pytest.mark.parametrize("steps", [3, 30], ids=["short", "long"])
 @pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini", "sinks"])
+@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini", "sinks", "context"])
 @torch.no_grad()
 def test_going_on_from_a_file_is_as_if_never_saved(make_senri, tokens, tmp_path, options, flush, steps):
     model, path = make_senri(**options), tmp_path / "a.senri"
@@ -113,6 +114,7 @@ def test_the_file_holds_the_state_and_little_else(make_senri, tokens, tmp_path):
         ("memory_readout", {"memory_readout": "head"}),
         ("feature_map", {"feature_map": "relu"}),
         ("memory_conv_size", {"memory_conv_size": 2}),
+        ("memory_context_size", {"memory_context_size": 2}),
         ("model_fingerprint", {"write_gate": "hidden"}),
     ],
 )

@@ -14,6 +14,11 @@ CASES = [
 ]
 CASES.append({"memory_gate": "infini", "memory_head_dim": 8, "memory_conv_size": 3})
 CASES += [{"num_sink_tokens": n, "memory_conv_size": 3} for n in (0, 6)]
+CASES += [
+    {"update_rule": rule, "memory_readout": readout, "write_gate": gate, "memory_context_size": 5}
+    for rule in RULES
+    for readout, gate in [("layer", "hidden"), ("head", "surprise")]
+]
 
 
 def left_padded(rows, pad=55):
@@ -67,10 +72,11 @@ def test_a_padded_row_is_the_row_alone(make_senri, tokens, options):
     assert written.tolist() == [n + 12 - 7 for n in LENGTHS]
 
 
+@pytest.mark.parametrize("keys", ["memory_conv_size", "memory_context_size"])
 @pytest.mark.parametrize("readout", ["layer", "head"])
 @torch.no_grad()
-def test_what_stands_in_the_padding_does_not_matter(make_senri, tokens, readout):
-    model = make_senri(memory_readout=readout, write_gate="surprise", memory_conv_size=3)
+def test_what_stands_in_the_padding_does_not_matter(make_senri, tokens, readout, keys):
+    model = make_senri(memory_readout=readout, write_gate="surprise", **{keys: 3})
     ids, mask = left_padded(rows_of(tokens))
     other, _ = left_padded(rows_of(tokens), pad=0)
     outputs = [model(x, attention_mask=mask) for x in (ids, other)]
@@ -85,7 +91,7 @@ def test_what_stands_in_the_padding_does_not_matter(make_senri, tokens, readout)
 def test_only_padding_writes_nothing(make_senri, tokens):
     model = make_senri()
     cache = model(tokens(2, 20), attention_mask=torch.zeros(2, 20)).past_key_values
-    memory = cache.state.layers[1].memory.memory
+    memory, _ = cache.state.layers[1].memory
     assert memory.written.tolist() == [0, 0]
     assert not memory.M.any()
     assert cache.tokens_read == [0, 0]
@@ -93,9 +99,10 @@ def test_only_padding_writes_nothing(make_senri, tokens):
     torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **EXACT)
 
 
+@pytest.mark.parametrize("keys", ["memory_conv_size", "memory_context_size"])
 @torch.no_grad()
-def test_right_padding_leaves_the_real_tokens_alone(make_senri, tokens):
-    model, ids = make_senri(memory_conv_size=3), tokens(2, 20)
+def test_right_padding_leaves_the_real_tokens_alone(make_senri, tokens, keys):
+    model, ids = make_senri(**{keys: 3}), tokens(2, 20)
     mask = torch.ones(2, 20)
     mask[0, 13:] = 0
     out = model(ids, attention_mask=mask)

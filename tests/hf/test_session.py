@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from senri.hf.cache import SenriCache
+from senri.hf.cache import SenriCache, without_memory
 from senri.memory import RULES
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -11,6 +11,10 @@ CASES = [
     {"update_rule": rule, "memory_readout": readout, "write_gate": gate, "memory_conv_size": 3}
     for rule in RULES
     for readout, gate in [("layer", "hidden"), ("head", "surprise")]
+]
+CASES += [
+    {"update_rule": rule, "memory_readout": "head", "write_gate": "surprise", "memory_context_size": 5}
+    for rule in RULES
 ]
 
 
@@ -168,9 +172,10 @@ def test_flush_writes_what_the_window_holds_once(make_senri, tokens, options):
     assert model.session.tokens_read == [43, 43]
 
 
+@pytest.mark.parametrize("keys", [{"memory_conv_size": 3}, {"memory_context_size": 5}], ids=["conv", "context"])
 @torch.no_grad()
-def test_a_short_text_is_whole_in_the_memory_after_flush(make_senri, tokens):
-    model = make_senri(memory_readout="head", memory_conv_size=3, update_rule="delta_token")
+def test_a_short_text_is_whole_in_the_memory_after_flush(make_senri, tokens, keys):
+    model = make_senri(memory_readout="head", update_rule="delta_token", **keys)
     ids = torch.full((2, 5), 55)
     ids[0], ids[1, 2:] = tokens(1, 5)[0], tokens(1, 3)[0]
     model.reset_memory(2)
@@ -184,6 +189,20 @@ def test_a_short_text_is_whole_in_the_memory_after_flush(make_senri, tokens):
     model.flush()
     torch.testing.assert_close(memories(model)[0].M[0], alone.state.layers[1].memory.memory.M[1], **EXACT)
     assert not model.session.has_padding
+
+
+@pytest.mark.parametrize("options", CASES, ids=name)
+@torch.no_grad()
+def test_an_emptied_memory_is_one_that_holds_nothing(make_senri, tokens, options):
+    model = make_senri(**options)
+    cache = model(tokens(1, 30)).past_key_values
+    for empty in (without_memory(cache), model.model.new_cache()):
+        if empty.state is None:
+            empty.state = model.model.empty_state(1, model.dtype)
+        held = [layer.memory for layer in empty.state.layers if layer.memory is not None]
+        assert len(held) == 2
+        for memory in held:
+            assert not any(tensor.any() for tensor in memory.memory if tensor is not None)
 
 
 @torch.no_grad()

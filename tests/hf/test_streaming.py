@@ -16,6 +16,12 @@ OPTIONS = [
     for rule, readout, gate, conv in itertools.product(RULES, ("layer", "head"), ("none", "hidden", "surprise"), (0, 3))
 ]
 INFINI = [{"memory_gate": "infini", "memory_head_dim": 8, "update_rule": rule, "memory_conv_size": 2} for rule in RULES]
+CONTEXT = [
+    {"update_rule": rule, "memory_readout": readout, "write_gate": gate, "memory_context_size": 5}
+    for rule in RULES
+    for readout, gate in (("layer", "hidden"), ("head", "none"), ("head", "surprise"))
+]
+CONTEXT.append({"memory_gate": "infini", "memory_head_dim": 8, "memory_context_size": 3})
 
 
 def name(options) -> str:
@@ -39,7 +45,7 @@ def assert_caches_equal(left, right, **tolerance):
     assert left.columns == right.columns
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, *INFINI], ids=name)
+@pytest.mark.parametrize("options", [*OPTIONS, *INFINI, *CONTEXT], ids=name)
 def test_any_cut_gives_the_same(make_senri, tokens, options):
     model = make_senri(**options)
     ids = tokens(2, STEPS)
@@ -56,7 +62,7 @@ def test_any_cut_gives_the_same(make_senri, tokens, options):
             logits, other = in_pieces(model, ids, cut)
             torch.testing.assert_close(logits, whole, **EXACT, msg=lambda m, cut=cut: f"{cut}: {m}")
             assert_caches_equal(other, cache, **EXACT)
-    memory = cache.state.layers[1].memory.memory
+    memory, _ = cache.state.layers[1].memory
     assert memory.written.tolist() == [STEPS - 7] * 2
     assert memory.M.abs().amax((1, 2, 3)).min() > 1e-3
 
@@ -145,8 +151,8 @@ def test_logits_to_keep_takes_the_last_ones(make_senri, tokens):
 
 @torch.no_grad()
 def test_a_changed_token_changes_nothing_before_it(make_senri, tokens):
-    for readout in ("layer", "head"):
-        model = make_senri(memory_readout=readout, write_gate="surprise", memory_conv_size=3)
+    for readout, keys in itertools.product(("layer", "head"), ("memory_conv_size", "memory_context_size")):
+        model = make_senri(memory_readout=readout, write_gate="surprise", **{keys: 3})
         ids = tokens(1, STEPS)
         changed = ids.clone()
         changed[0, 11] = (changed[0, 11] + 1) % 97
@@ -168,9 +174,10 @@ def test_a_fork_goes_on_independently(make_senri, tokens):
     torch.testing.assert_close(logits, model(ids).logits[:, 15:], **EXACT)
 
 
+@pytest.mark.parametrize("keys", ["memory_conv_size", "memory_context_size"])
 @torch.no_grad()
-def test_the_state_does_not_grow(make_senri, tokens):
-    model = make_senri(update_rule="delta", memory_conv_size=3, write_gate="surprise")
+def test_the_state_does_not_grow(make_senri, tokens, keys):
+    model = make_senri(update_rule="delta", write_gate="surprise", **{keys: 3})
     cache = model(tokens(1, 20)).past_key_values
     size = cache.nbytes
     model(tokens(1, 200), past_key_values=cache)
@@ -180,11 +187,10 @@ def test_the_state_does_not_grow(make_senri, tokens):
     assert cache.memory_nbytes == 2 * (2 * 2 * (8 * 8 + 8) * 8 + 8)
 
 
+@pytest.mark.parametrize("keys", [{"memory_conv_size": 3}, {"memory_context_size": 5}], ids=["conv", "context"])
 @torch.no_grad()
-def test_real_weights(make_real, real_ids):
-    model = make_real(
-        random=True, update_rule="gated_delta", memory_conv_size=3, write_gate="hidden", first_memory_layer=3
-    )
+def test_real_weights(make_real, real_ids, keys):
+    model = make_real(random=True, update_rule="gated_delta", write_gate="hidden", first_memory_layer=3, **keys)
     ids = real_ids(200_000, 90)
     whole, cache = in_pieces(model, ids, [])
     logits, other = in_pieces(model, ids, [1, 2, 30, 64, 65, 81])

@@ -1,12 +1,14 @@
-"""The memory's gates and short convolution by themselves: where they are shut, what opens them, how they start."""
+"""The memory's gates, its count of pairs and its addresses by themselves: what opens them, how they start."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from senri.layers import MemoryAttention, MemoryStream, WriteGate
+from senri.layers import MemoryAttention, MemoryStream, WriteGate, taps_of
 from senri.layers.memory_attention import ReadGate
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
+EMPTY = torch.zeros(1, 1, 2, dtype=torch.float64)  # the fill of a memory that holds nothing
 
 
 def random(*shape, seed=0):
@@ -86,13 +88,13 @@ def test_gates_are_not_left_to_half_precision(make_write_gate):
     gate = make_write_gate(0.3).bfloat16()
     assert gate(random(1, 2, 4).bfloat16(), random(1, 2, 4).bfloat16()).dtype == torch.float32
     read_gate = ReadGate(4, 2).bfloat16()
-    assert read_gate(random(1, 2, 4).bfloat16(), random(1, 2, 2, 3).bfloat16()).dtype == torch.float32
+    assert read_gate(random(1, 2, 4).bfloat16(), random(1, 2, 2, 3).bfloat16(), EMPTY.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("conv_size", [0, 4])
-def test_what_follows_the_last_token_counts_as_zeros(make_memory, conv_size):
+@pytest.mark.parametrize("keys", [{"conv_size": 0}, {"conv_size": 4}, {"conv_size": 0, "context_size": 3}], ids=str)
+def test_what_follows_the_last_token_counts_as_zeros(make_memory, keys):
     """Whatever padding holds there."""
-    memory = make_memory(conv_size=conv_size)
+    memory = make_memory(**keys)
     memory.write_gate.out_proj.weight.data *= 3
     seen = []
     memory.write_gate.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
@@ -126,7 +128,7 @@ def make_read_gate():
 
 
 def test_a_new_read_gate_is_silent():
-    assert not make_read_gate()(random(1, 3, 4), random(1, 3, 2, 5)).any()
+    assert not make_read_gate()(random(1, 3, 4), random(1, 3, 2, 5), EMPTY).any()
 
 
 def reads(*lengths):
@@ -139,15 +141,31 @@ def reads(*lengths):
 def test_a_read_gate_opens_with_the_length_of_the_read():
     gate = make_read_gate()
     torch.nn.init.constant_(gate.scale, 3.0)
-    read, direction, lengths = reads(0.05, 0.25, 0.5, 0.75, 1.0)
-    said = gate(random(1, 5, 4), read)
+    read, direction, lengths = reads(0.05, 0.15, 0.25, 0.35, 0.5)
+    said = gate(random(1, 5, 4), read, EMPTY)
     assert said.shape == (1, 5, 2, 5)
     loud = said.norm(dim=-1)
     torch.testing.assert_close(said, loud[..., None] * direction, **EXACT)
     for head in loud[0].T:
         assert (head.diff() > 0.1).all()
-        torch.testing.assert_close(head[2], torch.tensor(1.5, dtype=torch.float64), **EXACT)
-        torch.testing.assert_close(head, 3 * (8 * lengths - 4).sigmoid(), **EXACT)
+        torch.testing.assert_close(head, 3 * (24 * lengths.square() - 2).sigmoid(), **EXACT)
+
+
+def test_what_chance_reads_opens_no_read_gate():
+    """From a full memory even an unknown query reads much: what is no longer than chance has it is no find."""
+    gate = make_read_gate()
+    with torch.no_grad():
+        gate.scale.fill_(3.0)
+        gate.chance.copy_(torch.tensor([1.0, 0.5]))
+    fills = torch.tensor([0.0, 0.1, 0.4, 1.0], dtype=torch.float64)
+    fill = fills[None, :, None].expand(1, 4, 2)
+    read, _, lengths = reads(*fills.clamp(min=0.01).sqrt().tolist())
+    loud = gate(random(1, 4, 4), read, fill).norm(dim=-1)[0]
+    for head, chance in zip(loud.T, (1.0, 0.5), strict=True):
+        torch.testing.assert_close(head, 3 * (24 * (lengths.square() - chance * fills) - 2).sigmoid(), **EXACT)
+    shut = torch.full((3,), 3 * torch.tensor(-2.0).sigmoid().item(), dtype=torch.float64)
+    torch.testing.assert_close(loud[1:, 0], shut, rtol=1e-6, atol=0)
+    assert (loud[1:, 1].diff() > 0.1).all(), "each head has its own"
 
 
 def test_what_is_read_is_said_at_one_loudness():
@@ -159,7 +177,7 @@ def test_what_is_read_is_said_at_one_loudness():
         gate.match.zero_()
     hidden = random(1, 1, 4).expand(1, 6, 4)
     read, direction, lengths = reads(0.0, 0.005, 0.01, 0.1, 1.0, 50.0)
-    said = gate(hidden, read)
+    said = gate(hidden, read, EMPTY)
     loud = torch.tensor([3.0, 2.0], dtype=torch.float64) * gate.proj(hidden[0, 0]).sigmoid()
     assert (loud[0] - loud[1]).abs() > 1e-3, "each head has its own"
     expected = (lengths / 0.01).clamp(max=1)[:, None, None] * loud[:, None] * direction
@@ -171,7 +189,7 @@ def test_each_head_has_its_own_read_gate():
     gate = make_read_gate()
     with torch.no_grad():
         gate.scale.copy_(torch.tensor([1.0, 0.0]))
-    opened = gate(random(1, 3, 4), random(1, 3, 2, 5))
+    opened = gate(random(1, 3, 4), random(1, 3, 2, 5), EMPTY)
     assert (opened[..., 0, :].norm(dim=-1) > 0.1).all()
     assert not opened[..., 1, :].any()
 
@@ -181,10 +199,11 @@ def test_gradients_at_an_empty_memory_are_numbers():
     torch.nn.init.constant_(gate.scale, 1.0)
     read = torch.zeros(1, 3, 2, 5, dtype=torch.float64, requires_grad=True)
     hidden = random(1, 3, 4).requires_grad_()
-    said = gate(hidden, read)
+    fill = torch.full((1, 3, 2), 0.3, dtype=torch.float64, requires_grad=True)
+    said = gate(hidden, read, fill)
     assert (said == 0).all(), "an empty memory says nothing"
     said.sum().backward()
-    for parameter in (*gate.parameters(), read, hidden):
+    for parameter in (*gate.parameters(), read, hidden, fill):
         assert parameter.grad.isfinite().all()
     assert (read.grad > 0).all()
 
@@ -210,13 +229,110 @@ def test_start_values_of_the_convolution(make_memory, taps, queries, keys, reado
 @pytest.mark.parametrize("taps", [2, 3, 4])
 def test_at_first_asking_with_the_same_tokens_finds_what_followed_them(make_memory, taps):
     memory = make_memory(start=True, conv_size=taps)
-    same, before, after = random(1, taps - 1, 8), random(1, 1, 8, seed=1), random(1, 1, 8, seed=2)
-    valid = torch.ones(1, taps, dtype=torch.bool)
-    key = memory.keys(torch.cat([same, after], 1), valid)
-    query = memory.queries(torch.cat([before, same], 1), valid)
+    rows = random(taps + 1, 8)  # what comes before, the same tokens, what follows
+    at, valid = torch.arange(taps).flip(0)[None], torch.ones(1, taps, dtype=torch.bool)
+    key = memory.address("k", rows, at + 1, valid)
+    query = memory.address("q", rows, at, valid)
+    assert key.shape == (1, 4)
     torch.testing.assert_close(query[..., :4], key, **EXACT)
     torch.testing.assert_close(query[..., 4:], key, **EXACT)
-    for place in range(taps - 1):  # each of them counts
-        other = same.clone()
-        other[:, place] += 1
-        assert (memory.queries(torch.cat([before, other], 1), valid) - query).abs().max() > 1e-2
+    for place in range(1, taps):  # each of them counts
+        other = rows.clone()
+        other[place] += 1
+        assert (memory.address("q", other, at, valid) - query).abs().max() > 1e-2
+
+
+# attention over a context ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("conv", "context", "taps"), [(0, 0, 1), (2, 0, 2), (4, 0, 4), (0, 1, 2), (0, 5, 6)])
+def test_the_tokens_that_a_key_is_made_of(make_memory, conv, context, taps):
+    """A key's context ends before its pair, a query's with the last token: one more in all."""
+    memory = make_memory(conv_size=conv, context_size=context)
+    assert memory.taps == taps_of(conv, context) == taps
+    rows, valid = random(taps + 3, 8).requires_grad_(), torch.ones(1, taps, dtype=torch.bool)
+    newest_first = torch.arange(taps).flip(0)[None] + 2
+    for name in "kq":
+        made = memory.address(name, rows, newest_first, valid)
+        (gradient,) = torch.autograd.grad(made.square().sum(), rows)
+        counted = gradient.abs().amax(1).nonzero()[:, 0].tolist()
+        seen = newest_first[0].flip(0).tolist()
+        assert counted == (seen if not context else seen[:-1] if name == "k" else seen[1:])
+
+
+@pytest.mark.parametrize("context", [1, 5])
+def test_asking_in_the_context_that_stood_before_a_pair_is_its_key(make_memory, context):
+    memory = make_memory(conv_size=0, context_size=context)
+    with torch.no_grad():
+        memory.q_proj.weight.copy_(memory.for_query_heads(memory.k_proj.weight))
+        memory.q_proj.bias.copy_(memory.for_query_heads(memory.k_proj.bias))
+    rows = random(context + 2, 8)
+    at, valid = torch.arange(context + 1).flip(0)[None], torch.ones(1, context + 1, dtype=torch.bool)
+    key = memory.address("k", rows, at + 1, valid)
+    query = memory.address("q", rows, at, valid)
+    assert key.abs().max() > 0.1
+    torch.testing.assert_close(query, torch.cat([key, key], -1), **EXACT)
+    other = rows.clone()
+    other[-1] += 1  # the pair itself
+    torch.testing.assert_close(memory.address("k", other, at + 1, valid), key, **EXACT)
+    other[1] += 1
+    assert (memory.address("k", other, at + 1, valid) - key).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("readout", ["head", "layer"])
+def test_values_have_no_context(make_memory, readout):
+    memory = make_memory(conv_size=0, context_size=3, readout=readout)
+    rows, at = random(6, 8), torch.tensor([[5, 4, 3, 2]])
+    made = memory.address("v", rows, at, torch.ones(1, 4, dtype=torch.bool))
+    torch.testing.assert_close(made, memory.v_proj(rows[5:]), **EXACT)
+
+
+# stray reads -----------------------------------------------------------------------------------------------------
+
+
+def stream_of(memory, steps, embedding_rows=11):
+    """A text of ``steps`` tokens without padding: inputs, flags and ids, the state and the embeddings."""
+    state = memory.init_state(2, torch.float64, torch.device("cpu"))
+    slots = state.recent.shape[1]
+    valid = torch.zeros(2, slots + steps, dtype=torch.bool)
+    valid[:, slots:] = True
+    ids = torch.arange(slots + steps).expand(2, -1) % embedding_rows
+    return random(2, steps, 8), MemoryStream(valid, ids, None), state, random(embedding_rows, 8, seed=3)
+
+
+@pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [3, 0, 9]], ids=str)
+@pytest.mark.parametrize("keys", [{"conv_size": 2}, {"conv_size": 0, "context_size": 3}], ids=["conv", "context"])
+def test_a_read_is_measured_against_stray_ones_however_the_text_is_cut(make_memory, keys, cuts):
+    memory = make_memory(**keys)
+    fills = []
+    memory.read_gate.register_forward_pre_hook(lambda module, args: fills.append(args[2]))
+    hidden, stream, state, embedding = stream_of(memory, 12)
+    whole, after = memory(hidden, stream, state, embedding)
+    slots, start, parts = state.recent.shape[1], 0, []
+    for size in cuts:
+        part = slice(start, start + slots + size)
+        piece = MemoryStream(stream.valid[:, part], stream.ids[:, part], None)
+        out, state = memory(hidden[:, start : start + size], piece, state, embedding)
+        parts.append(out)
+        start += size
+    torch.testing.assert_close(torch.cat(parts, 1), whole, **EXACT)
+    torch.testing.assert_close(state.recent, after.recent, **EXACT)
+    torch.testing.assert_close(state.memory.M, after.memory.M, **EXACT)
+    torch.testing.assert_close(torch.cat(fills[1:], 1), fills[0], **EXACT)
+    assert fills[0].shape == (2, 12, 2)
+    assert not fills[0][:, :3].any(), "nothing has left the window"
+    assert (fills[0][:, 4:] > 0).all()
+
+
+def test_stray_reads_are_those_of_the_query_rolled_round(make_memory):
+    memory = make_memory()
+    q, k, v = (random(1, n, w, seed=n) for n, w in ((5, 8), (5, 4), (5, 4)))
+    found = []
+    memory.read_gate.register_forward_pre_hook(lambda module, args: found.append(args[1:]))
+    out, state = memory.write_and_read(q, k, v)
+    memory.read_out(random(1, 5, 8), out)
+    ((read, stray),) = found
+    unit = F.normalize(q.unflatten(-1, (2, 4)), dim=-1)[:, -1]  # at the last step: the final state
+    torch.testing.assert_close(read[:, -1], unit @ state.M[:, 0].mT, **EXACT)
+    squares = [(unit.roll(4 * i // 5, -1) @ state.M[:, 0].mT).square().sum(-1) for i in range(1, 5)]
+    torch.testing.assert_close(stray[:, -1], sum(squares) / 4, **EXACT)

@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from senri.training.features import BATCH, AskedFeatures, collect, load_features, memory_left_out, save_features
+from senri.layers import taps_of
+from senri.training.features import (
+    BATCH,
+    UNRELATED_TOKENS,
+    AskedFeatures,
+    collect,
+    load_features,
+    memory_left_out,
+    save_features,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STREAMS = range(5)  # two batches, the second one smaller
@@ -64,12 +73,15 @@ def test_pages_are_what_the_model_reads_as_one_text(features, pages, run):
     assert len(features.stream.unique()) == len(STREAMS)
 
 
-@pytest.mark.parametrize("conv_size", [0, 4])
-def test_questions_are_what_the_model_makes_of_each_alone(make_reader, make_features, pages, run, conv_size):
+@pytest.mark.parametrize(("conv_size", "context_size"), [(0, 0), (4, 0), (0, 40)])
+def test_questions_are_what_the_model_makes_of_each_alone(
+    make_reader, make_features, pages, run, conv_size, context_size
+):
     """So that neither the other questions of a batch nor the padding behind the shorter ones changes anything."""
-    streams = (0, 2)
-    found = make_features(make_reader(memory_conv_size=conv_size), streams).asked
-    before = max(conv_size, 1) - 1
+    streams = (0, 1)
+    model = make_reader(memory_conv_size=conv_size, memory_context_size=context_size)
+    found = [asked for asked in make_features(model, streams).asked if asked.page >= 0]
+    before = taps_of(conv_size, context_size) - 1
     expected = []
     for number, page in enumerate(page for index in streams for page in pages.stream(index)):
         for question in page.questions:
@@ -77,17 +89,37 @@ def test_questions_are_what_the_model_makes_of_each_alone(make_reader, make_feat
             ids = [*question.lead.tolist(), *exchange.prompt, *exchange.answer]
             final, hidden, _ = run(ids)
             part = slice(len(ids) - len(exchange.answer) - 1, len(ids) - 1)  # what predicts the answer
-            kept = slice(part.start - before, part.stop)
-            rest = (number, question.fact, exchange.answer, exchange.value_from)
-            expected.append((len(ids), rest, final[part], {i: h[kept] for i, h in hidden.items()}))
+            missing = max(before - part.start, 0)  # the text begins behind them
+            kept = slice(part.start - before + missing, part.stop)
+            rest = (number, question.fact, exchange.answer, exchange.value_from, missing)
+            behind = {i: F.pad(h[kept], (0, 0, missing, 0)) for i, h in hidden.items()}
+            expected.append((len(ids), rest, final[part], behind))
     expected.sort(key=lambda item: item[0])
     assert len(found) == len(expected) > BATCH
     assert len({length for length, *_ in expected[:BATCH]}) > 3, "there is padding"
     for asked, (_, rest, final, hidden) in zip(found, expected, strict=True):
-        assert (asked.page, asked.fact, asked.target.tolist(), asked.value_from) == rest
+        assert (asked.page, asked.fact, asked.target.tolist(), asked.value_from, asked.missing) == rest
         torch.testing.assert_close(asked.final, final, **CLOSE)
         for i in (1, 2):
             torch.testing.assert_close(asked.hidden[i], hidden[i], **CLOSE)
+
+    assert any(asked.missing for asked in found) == (context_size > 0)
+
+
+def test_what_no_page_answers_is_answered_by_the_base(features, pages, make_reader):
+    found = [asked for asked in features.asked if asked.page == -1]
+    plain, expected = make_reader(num_memory_layers=0), []
+    for prompt in pages.unrelated():
+        ids = torch.tensor([prompt])
+        out = plain.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=UNRELATED_TOKENS, do_sample=False, pad_token_id=2
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    assert expected
+    assert sorted(asked.target.tolist() for asked in found) == sorted(expected)
+    for asked in found:
+        assert (asked.fact, asked.value_from) == (-1, 0)
+        assert torch.equal(plain.lm_head(asked.final).argmax(-1), asked.target), "nothing but the base's own words"
 
 
 def test_all_is_shown_at_last(model, pages):

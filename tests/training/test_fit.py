@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import senri.training.fit as fit
 from senri.layers import WriteGate
 from senri.training.features import Features, memory_left_out
-from senri.training.fit import BEGUN_WEIGHT, Reading, check_model, fit_write_gates, prepare
+from senri.training.fit import BEGUN_WEIGHT, Reading, Text, check_model, fit_write_gates, prepare
 from senri.training.settings import FeatureSettings, TrainingError
 
 SETTINGS = FeatureSettings(
@@ -34,6 +34,9 @@ SETTINGS = FeatureSettings(
 )
 
 
+CONTEXT = {"memory_conv_size": 0, "memory_context_size": 40}  # more than stands before the shortest questions
+
+
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch):
     monkeypatch.setattr(fit, "VOCABULARY", 512)
@@ -44,6 +47,11 @@ def _small_steps(monkeypatch):
 @pytest.fixture(scope="module")
 def features(make_reader, make_features):
     return make_features(make_reader())
+
+
+@pytest.fixture(scope="module")
+def context_features(make_reader, make_features):
+    return make_features(make_reader(**CONTEXT))
 
 
 @torch.no_grad()
@@ -59,10 +67,10 @@ def write_some(model, features):
 
 @pytest.fixture
 def make_reading(make_reader, features):
-    """``(features, **settings)`` -> a new model that is about to learn to read."""
+    """``(features, options, **settings)`` -> a new model that is about to learn to read."""
 
-    def make(features=features, **changes):
-        model = write_some(make_reader(), features)
+    def make(features=features, options=None, **changes):
+        model = write_some(make_reader(**(options or {})), features)
         prepare(model, features)
         return Reading(model, features, replace(SETTINGS, **changes), seed=0)
 
@@ -207,20 +215,25 @@ def heard(model, text, ids, part):
         {"write_gate": "surprise", "memory_conv_size": 2},
         {"update_rule": "linear", "memory_conv_size": 3},
         {"memory_conv_size": 0, "memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 6},
+        CONTEXT,
+        {**CONTEXT, "memory_context_size": 5, "memory_num_heads": 4, "memory_num_key_value_heads": 2},
     ],
-    ids=["four taps", "surprise", "linear", "heads"],
+    ids=["four taps", "surprise", "linear", "heads", "context", "context of heads"],
 )
 def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pages, options):
-    model, streams = make_reader(**options), range(0, 16, 2)
+    model, streams = make_reader(**options), [index for index in range(12) if index % 3 != 2]
     features = make_features(model, streams)
     write_some(model, features)
     reading = Reading(model, features, SETTINGS, seed=0)
     asked, size, count = questions(pages, streams), pages.size * pages.pages, pages.pages
+    window, known = model.config.sliding_window_size, [q for q in features.asked if q.page >= 0]
+    of_page = [(q, *of) for q, of in zip(known, asked, strict=True) if of[0].shape[1] <= window]
+    start = int(reading.silent[0])
     texts, real, first_tokens, shares = [], [], 0, []
     for place in range(len(streams)):
         rows = slice(place * size, (place + 1) * size)
         mine = [p for p in range(len(features.facts)) if p // count == place]
-        of_text = [(q, *asked[i]) for i, q in enumerate(features.asked) if q.page in mine][:6]
+        of_text = [of for of in of_page if of[0].page in mine][:6]
         last = rows.stop - 1
         for index, memory in model.model.memories.items():
             row = features.hidden[index][last]
@@ -228,50 +241,58 @@ def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pag
                 break  # features leave out what nothing follows
         else:
             told = [(p, frozenset(range(len(features.facts[p])))) for p in mine]
-            texts.append((told, [q for q, *_ in of_text]))
+            every = [q for q, *_ in of_text]
+            texts.append(Text(told, every[:4], every[4:], start))
             text = read(model, features.ids[rows])
             real.append([heard(model, text, ids, part) for _, ids, part in of_text])
             written = [torch.cat([reading.pairs[i][p][0] for p in mine]) for i in (1, 2)]
-            first_tokens += sum(int((w < rows.start + 3).sum()) for w in written)
+            first_tokens += sum(int((w < rows.start + max(reading_taps(model) - 1, 3)).sum()) for w in written)
             shares += [len(w) / size for w in written]
     assert len(texts) >= 2, "texts of different numbers of pairs side by side"
     assert first_tokens, "whose convolution begins before the text"
     assert 0.02 < min(shares) < max(shares) < 0.8
-    start = reading.silent[0]
-    with torch.no_grad():
-        added = [
-            reading._reads(index, memory, texts, [start] * len(texts)) for index, memory in model.model.memories.items()
-        ]
-    for i, (parts, (_, of_text)) in enumerate(zip(real, texts, strict=True)):
+    missing = [q.missing for text in texts for q in (*text.asked, *text.unknown)]
+    assert (max(missing) > 0) == (reading_taps(model) > 20), "questions with less before them than a query sees"
+    added = all_reads(reading, texts)
+    for i, (parts, text) in enumerate(zip(real, texts, strict=True)):
         expected, logits = (torch.cat([part[k] for part in parts]) for k in (0, 1))
         found = sum(layer[i] for layer in added)[: len(expected)]
         assert expected.abs().max() > 0.05, "the memory is silent"
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-        final = torch.cat([q.final for q in of_text])
+        final = torch.cat([q.final for q in (*text.asked, *text.unknown)])
         torch.testing.assert_close(model.lm_head(final + found), logits, rtol=1e-3, atol=3e-4)
-    # and so the loss is the model's own, over a part of the vocabulary
-    reading.rng = Random(0)
+    # and so the losses are the model's own, over a part of the vocabulary
     with torch.no_grad():
-        loss, _ = reading.losses(texts)
-    logits, target = (
-        torch.cat([part[1] for parts in real for part in parts]),
-        torch.cat([q.target for _, of_text in texts for q in of_text]),
-    )
-    weight = torch.cat(
-        [torch.where(torch.arange(len(q.target)) < q.value_from, BEGUN_WEIGHT, 1.0) for _, o in texts for q in o]
-    )
+        found = reading.losses(texts)
+    answers, strangers = (torch.cat([p[1] for parts in real for p in parts[part]])[:, reading.vocabulary]
+                          for part in (slice(4), slice(4, None)))  # fmt: skip
+    asked, unknown = ([q for text in texts for q in text[part]] for part in (1, 2))
+    target = torch.cat([q.target for q in asked])
+    weight = torch.cat([torch.where(torch.arange(len(q.target)) < q.value_from, BEGUN_WEIGHT, 1.0) for q in asked])
     chosen = {token: i for i, token in enumerate(reading.vocabulary.tolist())}
     target = torch.tensor([chosen[token] for token in target.tolist()])
-    losses = F.cross_entropy(logits[:, reading.vocabulary], target, reduction="none")
+    losses = F.cross_entropy(answers, target, reduction="none")
     assert (weight < 1).any()
-    assert loss.item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-4)
+    assert found["answers"].item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-4)
+    base = model.lm_head(torch.cat([q.final for q in unknown]))[:, reading.vocabulary].softmax(-1)
+    strayed = (base * (base.log() - strangers.log_softmax(-1))).sum(-1).mean().item()
+    assert strayed > 1e-3
+    assert found["unknown"].item() == pytest.approx(strayed, rel=1e-2)
+
+
+def reading_taps(model):
+    """K: tokens that a key or a query is made of."""
+    return next(iter(model.model.memories.values())).taps
 
 
 @torch.no_grad()
 def all_reads(reading, texts):
-    """What both memories add to each text's questions and to the same plain tokens."""
-    starts = [reading.silent[0]] * len(texts)
-    return [reading._reads(index, memory, texts, starts) for index, memory in reading.model.model.memories.items()]
+    """What both memories add to each text's questions and to its plain tokens."""
+    return [reading._reads(index, memory, texts) for index, memory in reading.model.model.memories.items()]
+
+
+def text_of(reading, told, asked, unknown=()):
+    return Text(told, list(asked), list(unknown), int(reading.silent[0]))
 
 
 def test_of_a_fact_that_is_left_out_nothing_is_written(make_reading):
@@ -281,52 +302,56 @@ def test_of_a_fact_that_is_left_out_nothing_is_written(make_reading):
     page = max(range(len(features.facts)), key=lambda p: len(features.facts[p]))
     every, questions = frozenset(range(len(features.facts[page]))), reading.by_page[page]
     assert len(every) > 2
-    (full,) = zip(*all_reads(reading, [([(page, every)], questions)]), strict=True)
+    text = text_of(reading, [(page, every)], questions)
+    (full,) = zip(*all_reads(reading, [text]), strict=True)
     for facts in (frozenset(), *(frozenset([number]) for number in every), frozenset([0, 2]), every):
         for index in pairs:
             rows, strength = pairs[index][page]
             numbers = features.fact_of[rows].tolist()
             kept = torch.tensor([number == -1 or number in facts for number in numbers])
-            assert set(numbers) == {-1, *every}, "the gate lets through some of each"
+            assert len({-1} | set(numbers)) > 4, "the gate lets through some of several"
             left, how = reading._left(index, page, facts)
             assert torch.equal(left, rows[kept])
             assert torch.equal(how, strength[kept])
-            assert set(features.fact_of[left].tolist()) == {-1, *facts}
+            assert set(features.fact_of[left].tolist()) == {-1, *facts} & set(numbers)
             reading.pairs[index][page] = rows, strength * kept[:, None]
-        (expected,) = zip(*all_reads(reading, [([(page, every)], questions)]), strict=True)
+        (expected,) = zip(*all_reads(reading, [text]), strict=True)
         for index in pairs:
             reading.pairs[index][page] = pairs[index][page]
-        (found,) = zip(*all_reads(reading, [([(page, facts)], questions)]), strict=True)
-        for layer, other, whole in zip(found, expected, full, strict=True):
+        (found,) = zip(*all_reads(reading, [text._replace(pages=[(page, facts)])]), strict=True)
+        for index, layer, other, whole in zip(pairs, found, expected, full, strict=True):
             torch.testing.assert_close(layer, other, rtol=1e-4, atol=1e-5)
-            assert ((layer - whole).abs().max() > 1e-2) == (facts != every)
+            numbers = set(features.fact_of[pairs[index][page][0]].tolist())
+            assert ((layer - whole).abs().max() > 1e-2) == (not numbers <= {-1, *facts})
 
 
 @pytest.mark.parametrize("where", ["on another page", "on its page"])
 def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_reading, features, where):
-    """And none whose own fact is left out."""
-    question = next(q for q in features.asked if q.fact + 1 < len(features.facts[q.page]))
+    """And none whose own fact is left out: unless it stands in sight, or is asked as one that nothing answers."""
+    asked_of_pages = [q for q in features.asked if q.page >= 0]
+    question = next(q for q in asked_of_pages if 0 <= q.fact < len(features.facts[q.page]) - 1)
     words = features.facts[question.page][question.fact]
     if where == "on its page":
         again = question.page, question.fact + 1
     else:
-        again = next(q.page for q in features.asked if q.page != question.page), 0
+        again = next(q.page for q in asked_of_pages if q.page != question.page), 0
     facts = [list(said) for said in features.facts]
     facts[again[0]][again[1]] = words
     reading = make_reading(replace(features, facts=facts))
-    seen, shares, whole = set(), set(), 0
+    seen, shares, whole, strange, in_sight = set(), set(), 0, 0, 0
     for i in range(800):
         reading.rng = Random(i)
-        text, asked = reading._text()
-        places = [page for page, _ in text]
+        text = reading._text()
+        asked, places = text.asked, [page for page, _ in text.pages]
         assert len(set(places)) == len(places) <= SETTINGS.fact_pages + SETTINGS.plain_pages
-        assert all(numbers <= set(range(len(facts[page]))) for page, numbers in text)
-        told = [(page, number) for page, numbers in text for number in sorted(numbers)]
+        assert all(numbers <= set(range(len(facts[page]))) for page, numbers in text.pages)
+        told = [(page, number) for page, numbers in text.pages for number in sorted(numbers)]
         shares.add(len(told) / sum(len(facts[page]) for page in places))
         assert told
         rest = [[facts[p][n] for p, n in told[place + 1 :]] for place in range(len(told))]
         true = {fact for fact, later in zip(told, rest, strict=True) if facts[fact[0]][fact[1]] not in later}
-        could = [q for q in features.asked if (q.page, q.fact) in true]
+        could = [q for q in asked_of_pages if q.page in places and (q.fact == -1 or (q.page, q.fact) in true)]
+        in_sight += any(q.fact == -1 for q in asked)
         assert len({id(q) for q in asked}) == len(asked)
         assert {id(q) for q in asked} <= {id(q) for q in could}
         if sum(len(q.target) for q in could) <= fit.ANSWERS:
@@ -335,6 +360,15 @@ def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_readin
         if len(told) == 1:
             assert could, "there is something to ask for"
         assert sum(len(q.target) for q in asked) <= fit.ANSWERS
+        said = {facts[page][number] for page, number in told}
+        no_answer = [
+            q for q in asked_of_pages if q.page in places and q.fact >= 0 and facts[q.page][q.fact] not in said
+        ]
+        unknown, unrelated = ([q for q in text.unknown if (q.page == -1) == alien] for alien in (False, True))
+        assert {id(q) for q in unknown} <= {id(q) for q in no_answer}
+        assert len({id(q) for q in unknown}) == len(unknown) == min(len(no_answer), fit.UNKNOWN)
+        assert len({id(q) for q in unrelated}) == len(unrelated) == fit.UNRELATED
+        strange += len(unknown)
         own = question.page, question.fact
         if own in told:
             later = again in told and told.index(again) > told.index(own)
@@ -348,6 +382,8 @@ def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_readin
     assert min(shares) < 0.2
     assert max(shares) == 1.0
     assert whole > 100
+    assert strange > 100
+    assert in_sight > 0
 
 
 # learning --------------------------------------------------------------------------------------------------------
@@ -357,11 +393,13 @@ def parameters_of(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_only_what_reads_learns(make_reading):
-    reading = make_reading()
+@pytest.mark.parametrize("options", [{}, CONTEXT], ids=["conv", "context"])
+def test_only_what_reads_learns(make_reading, features, context_features, options):
+    reading = make_reading(context_features if options else features, options)
     before, shown = parameters_of(reading.model), []
     reading.train(shown.append)
     assert [entry["step"] for entry in shown] == [SETTINGS.steps]
+    assert [*shown[0]] == ["stage", "step", "answers", "unknown", "plain text"]
     changed = {name for name, old in before.items() if not torch.equal(reading.model.get_parameter(name), old)}
     assert changed == {n for n in before if ".memory." in n and ".write_gate." not in n}
     assert all(parameter.grad is None for parameter in reading.model.parameters())
@@ -375,11 +413,35 @@ def test_the_loss_falls(make_reading):
     def loss():
         reading.rng = Random(1)
         with torch.no_grad():
-            return reading.losses(texts)[0].item()
+            return reading.losses(texts)["answers"].item()
 
     before = loss()
     reading.train(lambda entry: None)
     assert loss() < before - 0.3
+
+
+def test_a_memory_that_speaks_where_it_knows_nothing_strays_from_the_base(make_reading):
+    reading = make_reading()
+    texts = []
+    for i in range(6):
+        reading.rng = Random(i)
+        texts.append(reading._text())
+    pages = {q.page == -1 for text in texts for q in text.unknown}
+    assert pages == {True, False}, "some could be told and are not, some nothing could answer"
+    losses = []
+    for loudness in (0.0, 1.0, 5.0, 25.0):
+        for memory in reading.model.model.memories.values():
+            memory.read_gate.scale.data.fill_(loudness)
+        with torch.no_grad():
+            losses.append(reading.losses(texts))
+    assert losses[0]["unknown"].item() == pytest.approx(0.0, abs=1e-5)
+    assert losses[0]["plain text"].item() == pytest.approx(0.0, abs=1e-5)
+    strayed = [found["unknown"].item() for found in losses]
+    assert strayed == sorted(strayed)
+    assert strayed[-1] > strayed[1] > 1e-5
+    nothing = [text._replace(unknown=[]) for text in texts]
+    assert reading.losses(nothing)["unknown"].item() == 0
+    assert reading.losses(nothing)["answers"].item() == pytest.approx(losses[-1]["answers"].item(), rel=1e-4)
 
 
 class Killed(BaseException):

@@ -153,6 +153,9 @@ def test_a_probe_counts_what_is_predicted(make_senri, verses):
 def test_an_emptied_memory_is_no_memory(make_senri, verses):
     """A model that says what its memory says is right with it, and as wrong as without a memory when it is emptied."""
     model, none = make_senri(memory_readout="head"), make_senri(num_memory_layers=0)
+    for memory in model.model.memories.values():
+        memory.read_gate.proj.bias.data.fill_(5.0)
+        memory.read_gate.scale.data.fill_(20.0)
     ids = torch.from_numpy(verses[0].ids.astype(np.int64))
     with torch.no_grad():
         said, alone = (m(ids[None]).logits[0].argmax(-1) for m in (model, none))

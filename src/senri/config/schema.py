@@ -77,6 +77,7 @@ class SenriOverrides(TypedDict, total=False):
     memory_readout: MemoryReadout
     memory_gate: MemoryGate
     memory_conv_size: Count
+    memory_context_size: Count
     write_gate: WriteGate
     store: Store
 

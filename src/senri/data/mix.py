@@ -201,7 +201,7 @@ class TrainingMix:
         for i, (start, stop) in enumerate(question.evidence):
             text = f" {story.facts[i]}"
             values = spans_of(question.answers, text) if i in story.supporting else ()
-            sample.write[start:stop] = labelled(self.tokenizer, Told(text, values))[1]
+            sample.write[start:stop] = labelled(self.tokenizer, Told(text, values, ""))[1]
         return sample
 
 

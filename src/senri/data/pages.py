@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -10,13 +11,24 @@ from typing import Any
 import numpy as np
 
 from senri.data.corpus import Document
-from senri.data.haystack import BookHaystack, Plant, plant
+from senri.data.haystack import BookHaystack, Plant, encode, plant
+from senri.data.training_chat import PROMPTS
 from senri.data.training_forms import Exchange, Forms
-from senri.data.training_recall import ABOVE, Asked, Recall, Told, labelled, needle, overwritten
+from senri.data.training_recall import ABOVE, Asked, Recall, labelled, needle, overwritten, whereabouts
 
-OVERWRITTEN = 0.25  # share of the groups of facts in which one is told again with another value
-ROOM = 0.4  # share of a page that facts may take
-LEAD = (4, 40)  # tokens of book text before a question
+KINDS = {needle: 0.7, overwritten: 0.2, whereabouts: 0.1}  # shares of the groups of facts
+ROOM = 0.5  # share of a page that facts may take
+LEAD = (4, 150)  # tokens of book text before a question, more often few than many
+RIVAL = 0.3  # share of the questions, where there is one, with another fact of the group in sight
+IN_SIGHT = 0.1  # share of the questions whose own fact stands in sight
+
+
+FILLER = (
+    "The wind is cold.", "The road is long.", "The bread is warm.", "The lake is deep.", "It is late.", "Stay here.",
+    "The snow is white.", "The night is dark.", "A bird sings.", "We walk on.", "Nobody knows why.", "The door is red.",
+    "The horses are tired.", "There is nothing to see.", "Come with me.", "He waits.", "Left, then right.",
+    "The house is small.", "One and two and three.", "The coat is brown.", "The bell rings at noon.", "Look up.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class Question:
     """One question to a page, asked where the page itself is out of sight."""
 
     lead: np.ndarray  # [L] int32, text before it
-    fact: int  # number of the page's fact that answers
+    fact: int  # number of the page's fact that answers; -1: the answer stands in the lead
     exchange: Exchange
 
 
@@ -35,7 +47,7 @@ class Page:
     ids: np.ndarray  # [size] int32
     write: np.ndarray  # [size] int8, as in TrainingSample
     questions: tuple[Question, ...]
-    facts: tuple[str, ...]  # each fact up to its value, in order: another value behind the same words contradicts it
+    facts: tuple[str, ...]  # what each is about, in order: another value for the same contradicts it
     fact_of: np.ndarray  # [size] int16: number of the fact that a token belongs to, or -1
     source: str
 
@@ -67,17 +79,20 @@ class RecallPages:
         self.forms = Forms(tokenizer, chat)
 
     def stream(self, index: int) -> list[Page]:
-        """Stream number ``index``: every second one is plain text.
+        """Stream number ``index``: every third one is plain text, and every fifth of these says little again and again.
 
         Raises:
             SampleError: the texts are too short.
         """
         rng = Random(f"{self.seed}/pages/{index}")
+        plain = index % 3 == 2
+        if plain and index // 3 % 5 == 0:
+            return self._again_and_again(rng)
         stretch = self.books.stretch(self.size * self.pages, rng)
         made = []
         used = 0
         for _ in range(self.pages):
-            recalls = self._recalls(rng) if index % 2 == 0 else []
+            recalls = [] if plain else self._recalls(rng)
             facts = [labelled(self.tokenizer, told) for recall in recalls for told in recall.told]
             rest = stretch.ids[used:]
             part = stretch._replace(ids=rest, cuts=self.books.cuts(rest))
@@ -90,9 +105,30 @@ class RecallPages:
             for number, ((start, stop), (_, labels)) in enumerate(zip(spans, facts, strict=True)):
                 write[start:stop] = labels
                 fact_of[start:stop] = number
-            told_here = tuple(said(told) for recall in recalls for told in recall.told)
+            told_here = tuple(told.about for recall in recalls for told in recall.told)
             made.append(Page(ids, write, tuple(self._questions(recalls, rng)), told_here, fact_of, stretch.source))
         return made
+
+    def _again_and_again(self, rng: Random) -> list[Page]:
+        """Pages of a few sentences in a row: they look like facts, but what comes again need not be kept."""
+        size = self.size * self.pages
+        said = encode(self.tokenizer, "".join(f" {text}" for text in rng.sample(FILLER, rng.randint(2, 6))))
+        ids = np.array((said * (size // len(said) + 1))[:size], dtype=np.int32).reshape(self.pages, self.size)
+        nothing = np.zeros(self.size, dtype=np.int8)
+        none = np.full(self.size, -1, dtype=np.int16)
+        return [Page(row, nothing, (), (), none, "filler") for row in ids]
+
+    def unrelated(self) -> list[list[int]]:
+        """Token ids of texts and questions that no page answers, to be answered as by the base."""
+        rng = Random(f"{self.seed}/unrelated")
+        made = []
+        for prompt in (prompt for question in PROMPTS for prompt in self.forms.prompts(question)):
+            lead = self._lead(rng) if rng.random() < 0.5 else []
+            made.append([*lead, *prompt])
+        return made
+
+    def _lead(self, rng: Random) -> list[int]:
+        return self.books.stretch(round(math.exp(rng.uniform(*map(math.log, LEAD)))), rng).ids.tolist()
 
     def _recalls(self, rng: Random) -> list[Recall]:
         """Groups of facts that fill their share of a page; none that could be taken for another."""
@@ -100,9 +136,9 @@ class RecallPages:
         stems: list[str] = []
         room = int(ROOM * self.size)
         for _ in range(12):
-            group = (overwritten if rng.random() < OVERWRITTEN else needle)(rng, False)
+            group = rng.choices(list(KINDS), list(KINDS.values()))[0](rng, False)
             size = sum(len(labelled(self.tokenizer, told)[0]) for told in group.told)
-            mine = [*map(asked_stem, group.asked), *map(said, group.told)]
+            mine = [*map(asked_stem, group.asked), *(told.about for told in group.told)]
             clash = any(a.startswith(b) or b.startswith(a) for a in mine for b in stems)
             if size > room or clash:
                 continue
@@ -117,15 +153,20 @@ class RecallPages:
             for asked in recall.asked:
                 for _ in range(self.questions):
                     (exchange,) = self.forms.exchanges([asked], rng)
-                    lead = self.books.stretch(rng.randint(*LEAD), rng).ids
-                    made.append(Question(lead, first + asked.fact, exchange))
+                    shown, seen = self._shown(recall, asked, rng)
+                    lead = np.array([*self._lead(rng), *encode(self.tokenizer, shown)], dtype=np.int32)
+                    made.append(Question(lead, -1 if seen else first + asked.fact, exchange))
             first += len(recall.told)
         return made
 
-
-def said(told: Told) -> str:
-    """A fact up to its value, the same with a colon before that and without."""
-    return told.text[: told.values[0][0]].rstrip(": ")
+    def _shown(self, recall: Recall, asked: Asked, rng: Random) -> tuple[str, bool]:
+        """Facts that stand in sight of a question, and whether its own is among them."""
+        own = recall.told[asked.fact]
+        rivals = [told.text for told in recall.told if told.about != own.about]
+        shown = rng.sample(rivals, rng.randint(1, min(2, len(rivals)))) if rivals and rng.random() < RIVAL else []
+        if seen := rng.random() < IN_SIGHT:
+            shown.insert(rng.randint(0, len(shown)), own.text)
+        return "".join(shown), seen
 
 
 def asked_stem(asked: Asked) -> str:

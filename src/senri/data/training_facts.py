@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
+MADE_UP = 0.3  # share of the names and words that are made up
 FIRST = (
     "Abel", "Adela", "Alice", "Amos", "Anna", "Arthur", "Beatrix", "Benjamin", "Bertha", "Boris", "Bridget", "Caleb",
     "Caspar", "Cora", "Cyril", "Delia", "Dmitri", "Dora", "Edgar", "Eleanor", "Elias", "Enid", "Ernest", "Eva", "Ezra",
@@ -59,6 +60,23 @@ TRADES = (
     "music", "navigation", "painting", "philosophy", "pottery", "rhetoric", "Russian", "shooting", "singing", "Spanish",
     "swimming", "weaving",
 )  # fmt: skip
+ROOMS = (
+    "bathroom", "bedroom", "cabin", "chapel", "courtyard", "dairy", "garden", "hallway", "kitchen", "laundry",
+    "library", "nursery", "office", "orchard", "pantry", "parlour", "stable", "study", "vestry", "workshop",
+)  # fmt: skip
+DISHES = (
+    "apricot pudding", "bean salad", "beef broth", "boiled eggs", "cabbage rolls", "cauliflower", "cold ham",
+    "currant buns", "duck liver", "eel pie", "fennel soup", "fried fish", "gooseberry tart", "hot chocolate",
+    "mashed turnips", "mutton chops", "nut bread", "olives", "pancakes", "pears in wine", "pork sausages",
+    "quince jelly", "radishes", "roast goose", "sardines", "strawberry ice", "toast and butter", "treacle cake",
+    "veal pie", "venison",
+)  # fmt: skip
+CALLINGS = (
+    "a bishop", "a captain", "a clerk", "a cook", "a cooper", "a detective", "a driver", "a fireman", "a glazier",
+    "a governess", "a groom", "a grocer", "a lawyer", "a mason", "a merchant", "a monk", "a musician", "a notary",
+    "a poet", "a porter", "a printer", "a saddler", "a singer", "a soldier", "a spy", "a stoker", "a waiter",
+    "an actor", "an admiral", "an architect", "an astronomer", "an engineer", "an usher",
+)  # fmt: skip
 WORDS = (
     "acorn", "anchor", "apple", "arrow", "basket", "beacon", "blanket", "bridge", "bucket", "candle", "carpet",
     "castle", "cherry", "circle", "cloud", "compass", "copper", "cotton", "crystal", "curtain", "desert", "dragon",
@@ -70,8 +88,26 @@ WORDS = (
 )  # fmt: skip
 
 
+def _made_up(rng: Random) -> str:
+    """A word of two or three syllables that no list has, so that names are matched and not learned."""
+    return "".join(
+        rng.choice(("b", "br", "d", "dr", "f", "g", "gl", "h", "k", "l", "m", "n", "p", "r", "s", "st", "t", "v", "z"))
+        + rng.choice("aeiou")
+        + rng.choice(("", "", "l", "n", "r", "s", "m", "x"))
+        for _ in range(rng.choice((2, 2, 3)))
+    )
+
+
+def _name(names: tuple[str, ...], rng: Random) -> str:
+    return _made_up(rng).capitalize() if rng.random() < MADE_UP else rng.choice(names)
+
+
 def _person(rng: Random) -> str:
-    return f"{rng.choice(FIRST)} {rng.choice(LAST)}"
+    return f"{_name(FIRST, rng)} {_name(LAST, rng)}"
+
+
+def _word(rng: Random) -> str:
+    return _made_up(rng) if rng.random() < MADE_UP else rng.choice(WORDS)
 
 
 def _letters(rng: Random, count: int) -> str:
@@ -113,12 +149,14 @@ KINDS: dict[str, Callable[[Random], str]] = {
     "number": _number,
     "year": lambda rng: str(rng.randrange(1400, 2000)),
     "person": _person,
-    "place": lambda rng: rng.choice(PLACES),
+    "place": lambda rng: _name(PLACES, rng),
     "thing": lambda rng: rng.choice(THINGS),
     "animal": lambda rng: rng.choice(ANIMALS),
     "colour": lambda rng: rng.choice(COLOURS),
+    "dish": lambda rng: rng.choice(DISHES),
+    "calling": lambda rng: rng.choice(CALLINGS),
     "trade": lambda rng: rng.choice(TRADES),
-    "word": lambda rng: rng.choice((rng.choice(WORDS), f"{rng.choice(WORDS)}-{rng.choice(WORDS)}")),
+    "word": lambda rng: rng.choice((_word(rng), f"{_word(rng)}-{_word(rng)}")),
 }
 
 
@@ -204,6 +242,51 @@ TELLINGS: tuple[Telling, ...] = (
             "person", "animal"),
     Telling(" The word for {key} in their language is {value}.", "What is the word for {key} in their language?",
             "The word for {key} in their language is", "word", "animal"),
+    Telling(" On Sundays there is always {value} for dinner at the house of {key}.",
+            "What is there for dinner on Sundays at the house of {key}?", "On Sundays there is", "dish"),
+    Telling(" {key} ordered {value} at the inn.", "What did {key} order at the inn?", "{key} ordered", "dish"),
+    Telling(" Nothing disgusts {key} more than {value}.", "What disgusts {key}?", "{key} is disgusted by", "dish"),
+    Telling(" When the guests came, {key} served them {value}.", "What did {key} serve to the guests?",
+            "The guests were served", "dish"),
+    Telling(" Before the war {key} had been {value}.", "What had {key} been before the war?",
+            "Before the war {key} was", "calling"),
+    Telling(" The father of {key} was {value}.", "What was the father of {key}?", "The father was", "calling"),
+    Telling(" {key} went to sea disguised as {value}.", "As what was {key} disguised?", "{key} was disguised as",
+            "calling"),
+    Telling(" As a child {key} dreamed of becoming {value}.", "What did {key} dream of becoming?",
+            "{key} dreamed of becoming", "calling"),
+    Telling(" {key} is to marry {value} in the spring.", "Whom is {key} going to marry?", "{key} is going to marry",
+            "person"),
+    Telling(" It was {value} who taught {key} to read.", "Who taught {key} to read?", "{key} was taught to read by",
+            "person"),
+    Telling(" {key} owes a great deal of money to {value}.", "To whom does {key} owe money?",
+            "{key} owes money to", "person"),
+    Telling(" If anything happens to {key}, one must write to {value}.",
+            "To whom must one write if anything happens to {key}?", "One must write to", "person"),
+    Telling(" {key} has a brother who settled in {value}.", "Where did the brother of {key} settle?",
+            "The brother of {key} settled in", "place"),
+    Telling(" {key} will be buried in {value}.", "Where will {key} be buried?", "{key} will be buried in", "place"),
+    Telling(" The letters that came for {key} were all posted in {value}.", "Where were the letters for {key} posted?",
+            "The letters were posted in", "place"),
+    Telling(" On the desk of {key} stands {value}.", "What stands on the desk of {key}?", "On the desk stands",
+            "thing"),
+    Telling(" {key} left {value} on the train.", "What did {key} leave on the train?", "{key} left", "thing"),
+    Telling(" The thing that {key} treasures most is {value}.", "What does {key} treasure most?",
+            "{key} treasures", "thing"),
+    Telling(" A {value} once bit {key} in the hand.", "Which animal once bit {key}?", "{key} was bitten by a",
+            "animal"),
+    Telling(" The eyes of {key} are {value}.", "Which colour are the eyes of {key}?", "The eyes of {key} are",
+            "colour"),
+    Telling(" Under the name {value} {key} wrote for the papers.", "Under which name did {key} write for the papers?",
+            "{key} wrote under the name", "word"),
+    Telling(" Whoever looks for {key} should ask for number {value}.", "For which number must one ask to find {key}?",
+            "One must ask for number", "number"),
+    Telling(" The ticket of {key} bears the number {value}.", "What is the number of the ticket of {key}?",
+            "The number of the ticket is", "number"),
+    Telling(" {key} opens the gate with the code {value}.", "With which code does {key} open the gate?",
+            "The code is", "code"),
+    Telling(" The account of {key} is kept under {value}.", "Under what is the account of {key} kept?",
+            "The account is kept under", "code"),
     Telling(" {key} signs every letter with the word {value}.", "With which word does {key} sign every letter?",
             "{key} signs every letter with the word", "word"),
 )  # fmt: skip

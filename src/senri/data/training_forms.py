@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from senri.data.haystack import encode
 from senri.data.training_recall import Asked
 
+OPENINGS = ("It is", "The answer is", "That is", "As far as I remember, it is", "According to the text it is")
+OPENED = 0.25  # share of the answers that begin in such words instead of the fact's
 _QUESTION = "\nQuestion: {question}\nAnswer:"  # behind an empty line
 
 
@@ -35,9 +37,17 @@ class Forms:
 
     def exchanges(self, asked: Sequence[Asked], rng: Random) -> list[Exchange]:
         """One for each question, in order."""
+        asked = [item._replace(begun=rng.choice(OPENINGS)) if rng.random() < OPENED else item for item in asked]
         if rng.random() < self.chat:
             return self._chat(asked)
         return [self._plain(item, place == 0, rng) for place, item in enumerate(asked)]
+
+    def prompts(self, question: str) -> list[list[int]]:
+        """The question in every format that leaves the answer open."""
+        texts = ["\n" + _QUESTION.format(question=question)]
+        if self.chat:
+            texts.append(self._first + question + self._end)
+        return [encode(self.tokenizer, text) for text in texts]
 
     def _plain(self, asked: Asked, first: bool, rng: Random) -> Exchange:
         form = rng.choice(("begun", "begun", "free", "bare"))  # begun: what most evaluations ask

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from senri.data.training_facts import KINDS, TELLINGS, Telling
+from senri.data.training_facts import FIRST, KINDS, ROOMS, TELLINGS, Telling
 
 ABOVE = " mentioned above"
 _WHAT = "What is the "
@@ -21,6 +21,7 @@ class Told(NamedTuple):
 
     text: str
     values: tuple[tuple[int, int], ...]  # [start, end) of the characters of every value in it
+    about: str  # what it says something of: told again with another value, it is no longer true
 
 
 class Asked(NamedTuple):
@@ -65,14 +66,20 @@ LINKS = (
 )  # fmt: skip
 
 
-def tell(fact: str, key: str, value: str) -> Told:
-    """The fact with ``{key}`` and every ``{value}`` filled in."""
+def tell(fact: str, key: str, value: str, about: str = "") -> Told:
+    """The fact with ``{key}`` and every ``{value}`` filled in.
+
+    Args:
+        about: by default the fact up to its value, the same with a colon before that and without; the whole fact
+            around it where whose it is comes later.
+    """
     text, *rest = fact.format(key=key, value="\0").split("\0")
     spans = []
     for part in rest:
         spans.append((len(text), len(text) + len(value)))
         text += value + part
-    return Told(text, tuple(spans))
+    before = text[: spans[0][0]].rstrip(": ")
+    return Told(text, tuple(spans), about or (before if key in before else fact.format(key=key, value="...")))
 
 
 def labelled(tokenizer: Any, told: Told) -> tuple[tuple[int, ...], np.ndarray]:
@@ -149,6 +156,34 @@ def chain(rng: Random, small: bool = False) -> Recall:
             needed.append(len(told) - 1)
             asked = Asked(link.question.format(key=name), link.begun.format(key=name), values[0], len(told) - 1)
     return Recall(tuple(told), frozenset(needed), (asked,), ordered=True)
+
+
+_MOVES = (" {key} moved to the {value}.", " {key} went to the {value}.", " {key} journeyed to the {value}.",
+          " {key} travelled to the {value}.", " {key} went back to the {value}.")  # fmt: skip
+
+
+def whereabouts(rng: Random, small: bool = False) -> Recall:
+    """Persons who go from room to room, and the question where one or two of them are: the sentences of bAbI's first
+    task (Weston et al. 2015, arXiv:1502.05698), with other names and more rooms.
+
+    Args:
+        small: one person, two rooms.
+    """
+    names = rng.sample(FIRST, 1 if small else rng.randint(1, 4))
+    told: list[Told] = []
+    last: dict[str, tuple[int, str]] = {}
+    for number in range(2 if small else rng.randint(len(names), 6)):
+        name = names[number] if number < len(names) else rng.choice(names)
+        room = rng.choice([room for room in ROOMS if room != (last[name][1] if name in last else None)])
+        told.append(tell(rng.choice(_MOVES), name, room, f" {name} is in"))
+        last[name] = number, room
+    asked = rng.sample(sorted(last), min(len(last), rng.randint(1, 2)))
+    return Recall(
+        tuple(told),
+        frozenset(last[name][0] for name in asked),
+        tuple(Asked(f"Where is {name}?", f"{name} is in the", last[name][1], last[name][0]) for name in asked),
+        ordered=True,
+    )
 
 
 _TIMES = [telling.times for telling in TELLINGS]

@@ -33,6 +33,7 @@ CONFIG_FIELDS = (
     "memory_readout",
     "memory_gate",
     "memory_conv_size",
+    "memory_context_size",
     "write_gate",
 )
 

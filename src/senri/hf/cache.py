@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from senri.layers import MemoryLayerState
-from senri.memory.state import MemoryState, map_tensors, named_tensors, nbytes, stack_rows
+from senri.memory.state import map_tensors, named_tensors, nbytes, stack_rows
 
 
 class LayerState(NamedTuple):
@@ -156,13 +156,12 @@ def without_memory(state: SenriCache) -> SenriCache:
     """The same window with an empty memory, into which nothing of what was read so far will be written."""
     fork = state.fork()
     assert fork.state is not None
-    memories = (layer.memory and map_tensors(torch.zeros_like, layer.memory.memory) for layer in fork.state.layers)
-    layers = tuple(_with(layer, memory) for layer, memory in zip(fork.state.layers, memories, strict=True))
+    layers = tuple(_emptied(layer) for layer in fork.state.layers)
     fork.state = fork.state._replace(layers=layers, valid=torch.zeros_like(fork.state.valid))
     return fork
 
 
-def _with(layer: LayerState, memory: MemoryState | None) -> LayerState:
-    if memory is None or layer.memory is None:
+def _emptied(layer: LayerState) -> LayerState:
+    if layer.memory is None:
         return layer
-    return layer._replace(memory=layer.memory._replace(memory=memory))
+    return layer._replace(memory=layer.memory._replace(memory=map_tensors(torch.zeros_like, layer.memory.memory)))

@@ -55,6 +55,7 @@ _AT_LEAST = {
     "memory_num_key_value_heads": 1,
     "memory_head_dim": 1,
     "memory_conv_size": 0,
+    "memory_context_size": 0,
 }
 # Keys of saved configurations and of base models' ones that PreTrainedConfig takes without a field of its own.
 _PASSED_ON = {
@@ -85,6 +86,7 @@ class SenriConfig(LlamaConfig):
             read at the logits (needs tied embeddings).
         memory_gate: `additive` zero-init branch, or `infini`: Infini-attention's per-head sigmoid mix.
         memory_conv_size: taps of the short causal convolution on the memory's q, k, v; 0 for none.
+        memory_context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none.
         write_gate: `none` | `hidden` | `surprise` (needs tied embeddings).
         qkv_bias: biases on the attention's q, k, v only (Qwen2).
 
@@ -110,6 +112,7 @@ class SenriConfig(LlamaConfig):
     memory_readout: str = "layer"
     memory_gate: str = "additive"
     memory_conv_size: int = 0
+    memory_context_size: int = 0
     write_gate: str = "none"
     qkv_bias: bool = False
 
@@ -170,8 +173,11 @@ class SenriConfig(LlamaConfig):
             )
         if self.memory_conv_size == 1:
             raise ValueError("memory_conv_size 1 convolves nothing: use 0 (none) or at least 2")
-        if self.sliding_window_size < self.memory_conv_size:
-            raise ValueError("sliding_window_size must be at least memory_conv_size")
+        for name in ("memory_conv_size", "memory_context_size"):
+            if self.sliding_window_size < getattr(self, name):
+                raise ValueError(f"sliding_window_size must be at least {name}")
+        if self.memory_conv_size and self.memory_context_size:
+            raise ValueError("memory_conv_size and memory_context_size both make the keys: set one of them to 0")
         for name in ("memory_readout", "write_gate"):
             value = getattr(self, name)
             if value in ("head", "surprise") and not self.tie_word_embeddings:

@@ -5,6 +5,7 @@ Parameter names are the base model's, so that its weights load as they are; what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -180,6 +181,8 @@ def build_memory(config: SenriConfig) -> MemoryAttention:
         chunk_size=config.chunk_size,
         segment_size=config.segment_size,
         conv_size=config.memory_conv_size,
+        context_size=config.memory_context_size,
+        context_heads=math.gcd(config.num_attention_heads, config.memory_num_key_value_heads * config.memory_head_dim),
         write_gate=config.write_gate,
         readout="mix" if config.memory_gate == "infini" else config.memory_readout,
     )

@@ -37,6 +37,7 @@ _MUST_MATCH = (
     "memory_readout",
     "memory_heads",
     "memory_conv_size",
+    "memory_context_size",
     "model_fingerprint",
 )
 
@@ -78,6 +79,7 @@ def expected_header(config: SenriConfig) -> dict[str, Any]:
         "memory_readout": config.memory_readout,
         "memory_heads": [config.memory_num_heads, config.memory_num_key_value_heads, config.memory_head_dim],
         "memory_conv_size": config.memory_conv_size,
+        "memory_context_size": config.memory_context_size,
     }
 
 

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from senri.hf.cache import LayerState, ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.decoder import AttentionPlan, SenriDecoderLayer, SenriRotaryEmbedding
-from senri.layers import MemoryAttention, MemoryStream, new_sinks, sinks_behind, window_plan
+from senri.layers import MemoryAttention, MemoryStream, new_sinks, sinks_behind, taps_of, window_plan
 from senri.memory.scan import unpack_index
 
 INFERENCE_PIECE = 2048  # tokens of one pass without gradient: bounds the activations of a long prompt
@@ -325,7 +325,7 @@ class SenriModel(SenriPreTrainedModel):
     def empty_state(self, batch_size: int, dtype: torch.dtype) -> ModelState:
         """The state before any token, for ``batch_size`` rows."""
         config, device, memories = self.config, self.embed_tokens.weight.device, self.memories
-        slots = config.sliding_window_size + max(config.memory_conv_size, 1) - 1
+        slots = config.sliding_window_size + taps_of(config.memory_conv_size, config.memory_context_size) - 1
         keys = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
         sinks = keys.new_zeros(*keys.shape[:2], config.num_sink_tokens, config.head_dim)
         layers = tuple(

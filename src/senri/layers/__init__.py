@@ -1,6 +1,6 @@
 """Modules built from plain numbers: exact local attention and the memory that reads what left it."""
 
-from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate
+from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate, taps_of
 from senri.layers.sinks import NewSinks, Sinks, new_sinks, sinks_behind
 from senri.layers.sliding_window import WindowPlan, sliding_window_attention, window_plan
 
@@ -15,5 +15,6 @@ __all__ = [
     "new_sinks",
     "sinks_behind",
     "sliding_window_attention",
+    "taps_of",
     "window_plan",
 ]

@@ -1,6 +1,6 @@
 """The memory of one layer: projections, gates and the associative memory behind the window.
 
-Shapes: ``B`` batch, ``T`` new tokens, ``W`` window, ``K`` taps of the short convolution (at least 1), ``H`` memory
+Shapes: ``B`` batch, ``T`` new tokens, ``W`` window, ``K`` tokens that a key is made of (at least 1), ``H`` memory
 heads, ``D`` head width.
 """
 
@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senri.memory import MemoryState, feature_dim, scan
+from senri.layers.context_attention import ContextAttention
+from senri.memory import MemoryState, feature_dim, read, scan
 from senri.memory.rules import RULES
 
 WRITE_GATE_WIDTH = 64  # hidden units
 STRETCH = (-0.1, 1.1)  # of the write gate's sigmoid, before it is cut to [0, 1]
 SHORTEST = 0.01  # a read shorter than this counts as that long
-MATCH = 8.0  # how much a read of length 1 opens the read gate at first, as a logit
+MATCH = 24.0  # how much a read of length 1 from an almost empty memory opens the read gate at first, as a logit
+STRAY = 4  # queries that ask for nothing, beside each: itself with its features rolled round
+CLOSED = -2.0  # the read gate's logit at first where nothing matches
 
 
 def _full(x: Tensor) -> Tensor:
@@ -75,33 +78,41 @@ class WriteGate(nn.Module):
 
 
 class ReadGate(nn.Module):
-    """What each query head says: ``scale * sigmoid(w h + b + match |read|) * read / |read|``.
+    """What each query head says: ``scale * sigmoid(w h + b + match (|read|^2 - chance |stray|^2)) * read / |read|``.
 
     Keys, queries and values are of unit length, so the read of a stored pair is long and that of an unknown query
     short: the gate opens where the memory knows something, and what it then says does not depend on how well the
-    query fits. An empty memory says nothing.
+    query fits. But any query reads the more the fuller the memory is: so the length counts from that of stray reads, of
+    queries that ask for nothing. An empty memory says nothing.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.proj = nn.Linear(hidden_size, num_heads)
         self.match = nn.Parameter(torch.empty(num_heads))
+        self.chance = nn.Parameter(torch.empty(num_heads))
         self.scale = nn.Parameter(torch.empty(num_heads))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start values: silent, half open at a read of length 1/2."""
+        """Start values: silent."""
         nn.init.zeros_(self.proj.weight)
-        nn.init.constant_(self.proj.bias, -MATCH / 2)
+        nn.init.constant_(self.proj.bias, CLOSED)
         nn.init.constant_(self.match, MATCH)
+        nn.init.ones_(self.chance)
         nn.init.zeros_(self.scale)
 
-    def forward(self, hidden: Tensor, read: Tensor) -> Tensor:
-        """``hidden`` ``[B, T, hidden]``, ``read`` ``[B, T, H, D]`` -> ``[B, T, H, D]``, at least float32."""
+    def forward(self, hidden: Tensor, read: Tensor, stray: Tensor) -> Tensor:
+        """What is said, ``[B, T, H, D]``, at least float32.
+
+        Args:
+            hidden: ``[B, T, hidden]``; read: ``[B, T, H, D]``; stray: mean square of the stray reads, ``[B, T, H]``.
+        """
         read = _full(read)
-        length = read.square().sum(-1).clamp(min=SHORTEST**2).sqrt()  # the norm's gradient at 0 is no number
-        gate = _full(self.scale) * (_full(self.proj(hidden)) + _full(self.match) * length).sigmoid()
-        return (gate / length)[..., None] * read
+        square = read.square().sum(-1).clamp(min=SHORTEST**2)  # the norm's gradient at 0 is no number
+        found = square - _full(self.chance) * stray
+        gate = _full(self.scale) * (_full(self.proj(hidden)) + _full(self.match) * found).sigmoid()
+        return (gate * square.rsqrt())[..., None] * read
 
 
 class MemoryStream(NamedTuple):
@@ -119,6 +130,11 @@ class MemoryLayerState(NamedTuple):
     recent: Tensor  # [B, W + K - 1, hidden], the model's dtype
 
 
+def taps_of(conv_size: int, context_size: int) -> int:
+    """K: tokens that a key or a query is made of, its own included."""
+    return max(conv_size, context_size + 1, 1)
+
+
 class MemoryAttention(nn.Module):
     """Reads an associative memory of everything that left the window of the last ``window`` tokens.
 
@@ -130,7 +146,11 @@ class MemoryAttention(nn.Module):
         num_heads, num_key_value_heads, head_dim: query heads, memories, width of both keys and values.
         window: W, in tokens.
         rule, feature_map, chunk_size, segment_size: see :func:`senri.memory.scan`.
-        conv_size: taps K of a causal depthwise convolution on q, k and v; 0 for none (Gated DeltaNet, section 3.3).
+        conv_size: taps of a causal depthwise convolution on q, k and v; 0 for none (Gated DeltaNet, section 3.3).
+        context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none
+            (:class:`ContextAttention`). A key is made of the tokens before its pair, a query of the last ones.
+        context_heads: heads of that attention; they divide both ``num_heads`` and ``num_key_value_heads`` times
+            ``head_dim``.
         write_gate: ``none`` | ``hidden`` (see :class:`WriteGate`) | ``surprise`` (and the token's negative log
             likelihood under the window-only model).
         readout: ``layer``: values from the layer's input, read into the residual through a zero-init projection;
@@ -152,12 +172,15 @@ class MemoryAttention(nn.Module):
         chunk_size: int = 64,
         segment_size: int = 2048,
         conv_size: int = 0,
+        context_size: int = 0,
+        context_heads: int = 1,
         write_gate: str = "none",
         readout: str = "layer",
     ) -> None:
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
-        self.window, self.taps = window, max(conv_size, 1)
+        self.window, self.conv_size, self.context_size = window, conv_size, context_size
+        self.taps = taps_of(conv_size, context_size)
         self.rule, self.selective, self.readout = rule, write_gate != "none", readout
         self.feature_map = feature_map or RULES[rule].feature_map
         self.chunk_size, self.segment_size = chunk_size, segment_size
@@ -172,6 +195,8 @@ class MemoryAttention(nn.Module):
             self.k_conv = nn.Parameter(torch.empty(key_size, conv_size))
             if readout != "head":  # the values of the head read-out are single tokens
                 self.v_conv = nn.Parameter(torch.empty(key_size, conv_size))
+        if context_size:
+            self.context = ContextAttention(hidden_size, context_heads, context_size)
         if write_gate != "none":
             self.write_gate = WriteGate(hidden_size, num_key_value_heads, surprise=write_gate == "surprise")
         if rule == "gated_delta":
@@ -195,7 +220,9 @@ class MemoryAttention(nn.Module):
                 linear.weight.copy_(start)
             nn.init.zeros_(linear.bias)
         self.q_proj.weight.copy_(self.for_query_heads(self.k_proj.weight))
-        if self.taps > 1:
+        if self.context_size:
+            self.context.reset_parameters()
+        if self.conv_size:
             # A key is made of the tokens before its pair: asking with the present finds what followed in the past.
             # The nearest counts most; the ones before it tell apart what ends alike.
             nn.init.zeros_(self.q_conv)
@@ -255,70 +282,122 @@ class MemoryAttention(nn.Module):
         """
         steps, taps = hidden.shape[1], self.taps
         inputs = torch.cat([state.recent, hidden], dim=1)
-        q = self.queries(inputs[:, -(steps + taps - 1) :], stream.valid[:, -(steps + taps - 1) :])
-        k = self.keys(inputs[:, : steps + taps - 1], stream.valid[:, : steps + taps - 1])
-        leaving = inputs[:, taps - 1 : taps - 1 + steps]
-        out, memory = scan(
-            self._heads(q),
-            self._heads(k),
-            self._heads(self._values(inputs, stream, steps, embedding)),
+        past = slice(0, steps + taps - 1)  # of what leaves, and before
+        part = slice(taps - 1, past.stop)
+        leaving, there = inputs[:, part], stream.valid[:, part]
+        beta = self._write_strength(inputs, stream, steps)
+        out, memory = self.write_and_read(
+            self._over("q", inputs[:, -past.stop :], stream.valid[:, -past.stop :]),
+            self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0),
+            self._values(inputs[:, past], stream, embedding),
             state.memory,
-            rule=self.rule,
-            feature_map=self.feature_map,
-            chunk_size=self.chunk_size,
-            segment_size=self.segment_size,
-            beta=self._write_strength(inputs, stream, steps),
+            beta=beta,
             log_alpha=self._log_forget(leaving),
-            mask=stream.valid[:, taps - 1 : taps - 1 + steps],
+            mask=there,
         )
         new_state = MemoryLayerState(memory, inputs[:, steps:])
         if self.readout == "mix":
             return out.to(hidden.dtype), new_state
         return self.read_out(hidden, out), new_state
 
+    def write_and_read(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: MemoryState | None = None,
+        *,
+        beta: Tensor | None = None,
+        log_alpha: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """:func:`senri.memory.scan` of keys, queries and values ``[B, T, H * D]``, for :meth:`read_out`.
+
+        Returns:
+            reads ``[B, T, H, D]``, for the ``head`` read-out ``[B, T, H * (1 + STRAY), D]``: each head's own and the
+            stray ones behind it; and the new state.
+        """
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
+        return scan(
+            self._with_strays(q), k, v, state, rule=self.rule, feature_map=self.feature_map,
+            chunk_size=self.chunk_size, segment_size=self.segment_size, beta=beta, log_alpha=log_alpha, mask=mask,
+        )  # fmt: skip
+
+    def read_all(self, q: Tensor, state: MemoryState) -> Tensor:
+        """The reads of :meth:`write_and_read` where nothing more is written."""
+        return read(self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map)
+
+    def _with_strays(self, q: Tensor) -> Tensor:
+        q = q.unflatten(-1, (-1, self.head_dim))
+        if self.readout != "head":
+            return q
+        strays = [q.roll(self.head_dim * i // (STRAY + 1), -1) for i in range(STRAY + 1)]
+        return torch.stack(strays, -2).flatten(-3, -2)
+
     def read_mask(self, stream: MemoryStream, state: MemoryLayerState, steps: int) -> Tensor:
         """``[B, T]``: whether anything was written when each position reads (``state``: before the call)."""
         leaving = stream.valid[:, self.taps - 1 : self.taps - 1 + steps]
         return state.memory.written[:, None] + leaving.cumsum(1) > 0
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+    def address(self, name: str, rows: Tensor, at: Tensor, valid: Tensor) -> Tensor:
+        """Keys or queries of ``n`` positions, each made of its own token and those before it.
 
-    def queries(self, inputs: Tensor, valid: Tensor) -> Tensor:
-        """``[B, T + K - 1, hidden]`` and whether each is a token -> ``[B, T, H * D]``."""
-        return self._project("q", inputs, valid)
+        Args:
+            name: ``k`` or ``q`` (or ``v``, which a convolution makes in the same way).
+            rows: layer inputs ``[rows, hidden]``.
+            at: for each position the rows of its last K tokens, newest first, ``[n, K]``.
+            valid: ``[n, K]``, False where there is no such token: padding, or before the text.
 
-    def keys(self, inputs: Tensor, valid: Tensor) -> Tensor:
-        """As :meth:`queries`: the keys of the last T tokens."""
-        return self._project("k", inputs, valid)
+        Returns:
+            ``[n, H * D]``.
+        """
+        x = getattr(self, f"{name}_proj")(rows)
+        if self.context_size and name != "v":
+            seen = slice(1, None) if name == "k" else slice(0, -1)
+            return self.context(rows, x, at[:, seen], valid[:, seen])
+        if not self.conv_size:
+            return x[at[:, 0]]
+        weight = getattr(self, f"{name}_conv")
+        return sum(x[at[:, back]] * valid[:, back, None] * weight[:, -1 - back] for back in range(self.taps))  # type: ignore[return-value]
 
     def embedded(self, ids: Tensor, embedding: Tensor) -> Tensor:
         """Values of the ``head`` read-out: ``ids`` ``[B, T]`` -> ``[B, T, H * D]`` of length 1."""
         return F.normalize(_full(self.v_proj(F.embedding(ids, embedding))), dim=-1)
 
     def read_out(self, hidden: Tensor, read: Tensor) -> Tensor:
-        """What the reads ``[B, T, H, D]`` at the inputs ``hidden`` add: ``[B, T, hidden]``."""
+        """What the reads of :meth:`write_and_read` at the inputs ``hidden`` add: ``[B, T, hidden]``."""
         if self.readout == "head":
-            read = self.read_gate(hidden, read)
+            found, *strays = read.unflatten(-2, (self.num_heads, 1 + STRAY)).unbind(-2)
+            stray = sum(_full(s).square().sum(-1) for s in strays) / STRAY
+            read = self.read_gate(hidden, found, stray)
         return self.o_proj(read.to(hidden.dtype).flatten(2))
 
-    def _project(self, name: str, inputs: Tensor, valid: Tensor) -> Tensor:
-        """Project ``[B, T + K - 1, hidden]`` and convolve to ``[B, T, ...]``, not across padding or a text's start."""
-        x = getattr(self, f"{name}_proj")(inputs)
-        if self.taps == 1:
-            return x
-        x = x * valid[..., None]
-        weight = getattr(self, f"{name}_conv")
-        steps = x.shape[1] - self.taps + 1
-        return sum(x[:, i : i + steps] * weight[:, i] for i in range(self.taps))  # type: ignore[return-value]
+    def _over(self, name: str, inputs: Tensor, valid: Tensor, needed: Tensor | None = None) -> Tensor:
+        """:meth:`address` of the last T of ``inputs`` ``[B, T + K - 1, hidden]``: ``[B, T, H * D]``; zeros where none
+        of ``needed`` ``[B, T, H]`` is set.
+        """
+        batch, size = valid.shape
+        steps = size - self.taps + 1
+        newest = torch.arange(self.taps - 1, size, device=valid.device)
+        at = newest[:, None] - torch.arange(self.taps, device=valid.device)  # [T, K]
+        at = at + size * torch.arange(batch, device=valid.device)[:, None, None]
+        at = at.flatten(0, 1)
+        rows, there = inputs.flatten(0, 1), valid.flatten()
+        if needed is None:
+            return self.address(name, rows, at, there[at]).unflatten(0, (batch, steps))
+        some = needed.any(-1).flatten().nonzero()[:, 0]
+        at, places = at[some].unique(return_inverse=True)  # of a million tokens some hundred are written
+        made = self.address(name, rows[at], places, there[at][places])
+        return made.new_zeros(batch * steps, made.shape[-1]).index_copy(0, some, made).unflatten(0, (batch, steps))
 
-    def _values(self, inputs: Tensor, stream: MemoryStream, steps: int, embedding: Tensor | None) -> Tensor:
+    def _values(self, past: Tensor, stream: MemoryStream, embedding: Tensor | None) -> Tensor:
+        """Of the tokens that leave, the last T of ``past`` ``[B, T + K - 1, hidden]``."""
+        part = slice(self.taps - 1, past.shape[1])
         if self.readout != "head":
-            before = slice(0, steps + self.taps - 1)
-            return self._project("v", inputs[:, before], stream.valid[:, before])
+            return self._over("v", past, stream.valid[:, : past.shape[1]])
         assert embedding is not None
         assert stream.ids is not None
-        return self.embedded(stream.ids[:, self.taps - 1 : self.taps - 1 + steps], embedding)
+        return self.embedded(stream.ids[:, part], embedding)
 
     def _write_strength(self, inputs: Tensor, stream: MemoryStream, steps: int) -> Tensor | None:
         """Gates ``[B, T, H]`` of the leaving tokens; ``inputs`` ``[B, W + K - 1 + T, hidden]``."""

@@ -7,7 +7,7 @@ Shapes, everywhere in this package: ``B`` batch, ``T`` tokens, ``H`` heads, ``G`
 from senri.memory import reference
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
 from senri.memory.rules import RULES
-from senri.memory.scan import delay_line, scan
+from senri.memory.scan import delay_line, read, scan
 from senri.memory.state import MemoryState, Pending
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Pending",
     "delay_line",
     "feature_dim",
+    "read",
     "reference",
     "scan",
 ]

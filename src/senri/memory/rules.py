@@ -97,6 +97,12 @@ def additive_chunk(
     return numerator / denominator.clamp(min=eps), M, z
 
 
+def read_only(M: Tensor, z: Tensor | None, q: Tensor, eps: float) -> Tensor:
+    """The output of a chunk in which nothing is written: ``[B, H, G, C, Dv]``."""
+    out = q @ M[:, :, None].mT
+    return out if z is None else out / (q @ z[:, :, None, :, None]).clamp(min=eps)
+
+
 def delta_chunk(M: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     """``delta_token`` and ``gated_delta``: exact, by the WY form (Yang et al. 2024, DeltaNet eqs. 8-11 and
     Gated DeltaNet eqs. 8-10). Solving one unit triangular system gives all corrected values of the chunk.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
 from itertools import pairwise
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
-from senri.memory.rules import RULES, Chunk, additive_chunk, delta_chunk
+from senri.memory.rules import RULES, Chunk, additive_chunk, delta_chunk, read_only
 from senri.memory.state import MemoryState, Pending
 
 
@@ -92,6 +93,26 @@ def scan(
     if documents is not None:
         out = out[documents][None]
     return out.to(v.dtype), state._replace(pending=pending)
+
+
+def read(
+    q: Tensor, state: MemoryState, *, rule: str = "linear", feature_map: str | None = None, eps: float = 1e-6
+) -> Tensor:
+    """What the queries ``[B, T, Hq, Dk]`` find in a memory that is not written meanwhile: ``[B, T, Hq, Dv]``.
+
+    As :func:`scan` whose every pair is masked, at the cost of the reads alone; the pairs pending in ``state`` stay so.
+    """
+    sigma = FEATURE_MAPS[feature_map or RULES[rule].feature_map]
+    q = _queries(sigma(q.to(state.M.dtype)), state.M.shape[1], RULES[rule].normalised)
+    out = read_only(state.M, state.z, q, eps)
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _queries(q: Tensor, num_heads: int, normalised: bool) -> Tensor:
+    """Feature-mapped queries ``[B, T, Hq, F]`` -> ``[B, H, G, T, F]``."""
+    if not normalised:
+        q = F.normalize(q, dim=-1, eps=1e-6)
+    return q.unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
 def _check(
@@ -180,9 +201,8 @@ def _scan(
     whole = _prepare(q, stream, kind.normalised, feature_map or kind.feature_map, dtype)
     M, z, M_segment, z_segment = state.M, state.z, state.M_segment, state.z_segment
     begins = _segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
-    cuts = sorted({*range(0, steps, chunk_size), *begins, steps})
     outputs = []
-    for start, stop in pairwise(cuts):
+    for start, stop, writes in _chunks(whole, sorted({*range(0, steps, chunk_size), *begins, steps}), begins):
         part = slice(start, stop)
         chunk = Chunk(
             whole.q[:, :, :, part],
@@ -195,7 +215,9 @@ def _scan(
             rows = begins[start][:, None, None]
             M_segment = torch.where(rows[..., None], M, M_segment)
             z_segment = torch.where(rows, z, z_segment)
-        if z is not None:
+        if not writes:
+            out = read_only(M, z, chunk.q, eps)
+        elif z is not None:
             out, M, z = additive_chunk(M, z, chunk, M_segment, z_segment, eps)
         else:
             out, M = delta_chunk(M, chunk)
@@ -208,14 +230,33 @@ def _scan(
     return out, MemoryState(M, z, M_segment, z_segment, written)
 
 
+def _chunks(whole: Chunk, cuts: list[int], begins: Container[int]) -> Iterator[tuple[int, int, bool]]:
+    """``(start, stop, writes)`` of each chunk; neighbours that write and forget nothing are one.
+
+    A write gate that is mostly closed leaves most chunks so.
+    """
+    if not cuts[-1]:
+        return
+    open_ = torch.ones(cuts[-1], dtype=torch.bool)
+    if whole.log_alpha is None and not torch.is_grad_enabled():  # what is not written would be cut from the graph
+        open_ = (whole.beta != 0).flatten(0, 1).any(0).cpu()
+    start, writes = 0, bool(open_[: cuts[1]].any())
+    for cut, stop in pairwise(cuts[1:]):
+        following = bool(open_[cut:stop].any())
+        if writes or following or cut in begins:
+            yield start, cut, writes
+            start, writes = cut, following
+    yield start, cuts[-1], writes
+
+
 def _prepare(q: Tensor, stream: Pending, normalised: bool, feature_map: str, dtype: torch.dtype) -> Chunk:
     """Feature maps, heads first, GQA groups split off, padding gated out."""
     sigma = FEATURE_MAPS[feature_map]
     num_heads = stream.k.shape[2]
     q, k, v = sigma(q.to(dtype)), sigma(stream.k.to(dtype)), stream.v.to(dtype)
     if not normalised:
-        q, k = F.normalize(q, dim=-1, eps=1e-6), F.normalize(k, dim=-1, eps=1e-6)
-    q = q.unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1, 4)
+        k = F.normalize(k, dim=-1, eps=1e-6)
+    q = _queries(q, num_heads, normalised)
     valid = stream.valid[..., None].to(dtype)  # [B, T, 1]
     beta = valid.expand(-1, -1, num_heads) if stream.beta is None else stream.beta.to(dtype) * valid
     log_alpha = None if stream.log_alpha is None else (stream.log_alpha.to(dtype) * valid).transpose(1, 2)

@@ -89,7 +89,7 @@ class MemoryState(NamedTuple):
         if rule == "linear":
             return cls(M, z, None, None, written)
         if rule == "delta":
-            return cls(M, z, M, z, written)
+            return cls(M, z, M.clone(), z.clone(), written)  # a file must not find one tensor under two names
         return cls(M, None, None, None, written)
 
     def detach(self) -> MemoryState:

@@ -21,7 +21,7 @@ from senri.training.log import TrainingLog
 from senri.training.settings import FeatureSettings
 from senri.training.trainer import ADAPTER
 
-FEATURES, STATE = "features.pt", "reading.pt"
+FEATURES, GATES, STATE = "features.pt", "write_gates.pt", "reading.pt"
 BATCH = 4  # streams that are read side by side
 
 
@@ -65,19 +65,25 @@ def train_on_features(
         seconds = time.perf_counter() - started
         say(f"read {len(features.ids):,} tokens and {len(features.asked):,} questions in {seconds:,.0f} s")
     state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else None
-    logged = 0 if state is None else state["step"]
-    log = TrainingLog(folder, logged)
+    fitted = (folder / GATES).is_file()
+    log = TrainingLog(folder, settings.gate_steps + (0 if state is None else state["step"]) if fitted else 0)
 
     def record(entry: dict[str, Any]) -> None:
-        entry = {**entry, "seconds": time.perf_counter() - started}
-        if entry["step"] > logged:  # the write gate is fitted again: its lines up to there were kept
-            log.write(entry)
+        before = settings.gate_steps if entry["stage"] == "reading" else 0  # one count for the whole run
+        entry = {**entry, "step": before + entry["step"], "seconds": time.perf_counter() - started}
+        log.write(entry)
         show(entry)
 
     try:
         if calibrates:
             prepare(model, features)
-        fit_write_gates(model, features, settings, seed, record)
+        gates = {str(i): memory.write_gate for i, memory in model.model.memories.items()}
+        if fitted:
+            for i, weights in torch.load(folder / GATES, weights_only=True).items():
+                gates[i].load_state_dict(weights)
+        else:
+            fit_write_gates(model, features, settings, seed, record)
+            _save({i: gate.state_dict() for i, gate in gates.items()}, folder / GATES)
         Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE))
     finally:
         log.close()

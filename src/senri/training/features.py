@@ -13,26 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from senri.data.pages import Page, Question, RecallPages
+from senri.data.training_forms import Exchange
 from senri.hf.modeling_senri import SenriForCausalLM
+from senri.layers import taps_of
 
 BATCH = 16  # questions of one pass
+UNRELATED_TOKENS = 24  # of the base's answer to a question that no page answers
 
 
 @dataclass
 class AskedFeatures:
     """One question: the answer's tokens and what predicts each."""
 
-    page: int
-    fact: int  # of its page
+    page: int  # -1: one that no page answers; the answer is the base's own
+    fact: int  # of its page; -1: it stands in sight of the question
     target: Tensor  # [A] int64
     value_from: int  # its tokens before the value
     final: Tensor  # [A, hidden]: the base's last hidden state that predicts each target
-    hidden: dict[int, Tensor]  # memory layer -> [K - 1 + A, hidden]: its inputs there, and before for the convolution
+    hidden: dict[int, Tensor]  # memory layer -> [K - 1 + A, hidden]: its inputs there, and before
+    missing: int  # of the K - 1 before: the text begins behind them; zeros
 
 
 @dataclass
@@ -102,6 +107,8 @@ def collect(
     made = [source.stream(index) for index in streams]
     flat = [page for pages in made for page in pages]
     asked = [(number, question) for number, page in enumerate(flat) for question in page.questions]
+    with memory_left_out(model):
+        asked += [(-1, question) for question in _unrelated(model, source)]
     asked.sort(key=lambda item: _length(item[1]))
     total, done = len(flat) * source.size + sum(_length(q) for _, q in asked), 0
     layers = model.config.memory_layers
@@ -150,6 +157,28 @@ def _length(question: Question) -> int:
     return len(question.lead) + len(question.exchange.prompt) + len(question.exchange.answer)
 
 
+def _unrelated(model: SenriForCausalLM, source: RecallPages) -> list[Question]:
+    """Questions that no page answers, with the base's answer."""
+    prompts, end = sorted(source.unrelated(), key=len), source.tokenizer.eos_token_id
+    made = []
+    for start in range(0, len(prompts), BATCH):
+        group = prompts[start : start + BATCH]
+        longest = max(map(len, group))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in group], device=model.device)
+        there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in group])
+        out = model.generate(
+            ids,
+            attention_mask=there.to(model.device),
+            max_new_tokens=UNRELATED_TOKENS,
+            do_sample=False,
+            pad_token_id=end,
+        )[:, longest:]
+        for prompt, answer in zip(group, out.tolist(), strict=True):
+            answer = answer[: answer.index(end) + 1] if end in answer else answer
+            made.append(Question(np.zeros(0, dtype=np.int32), -1, Exchange(prompt, answer, 0)))
+    return made
+
+
 def _surprise(model: SenriForCausalLM, final: Tensor, ids: Tensor, stream: Tensor, block: int = 512) -> Tensor:
     out = torch.zeros(len(ids))
     if model.config.write_gate == "surprise":
@@ -165,7 +194,7 @@ def _ask(
     model: SenriForCausalLM, group: Sequence[tuple[int, Question]], inputs: dict[int, Tensor]
 ) -> list[AskedFeatures]:
     """One pass over some questions, padded on the right: causal, so that the padding changes nothing."""
-    before = max(model.config.memory_conv_size, 1) - 1
+    before = taps_of(model.config.memory_conv_size, model.config.memory_context_size) - 1
     rows = [[*q.lead.tolist(), *q.exchange.prompt, *q.exchange.answer] for _, q in group]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
@@ -174,6 +203,8 @@ def _ask(
     for r, (page, q) in enumerate(group):
         first = len(q.lead) + len(q.exchange.prompt) - 1  # predicts the answer's first token
         stop = first + len(q.exchange.answer)
+        missing = max(before - first, 0)
+        start = first - before + missing
         made.append(
             AskedFeatures(
                 page,
@@ -181,7 +212,8 @@ def _ask(
                 torch.tensor(q.exchange.answer),
                 q.exchange.value_from,
                 out[r, first:stop].cpu().clone(),
-                {i: h[r, first - before : stop].cpu().clone() for i, h in inputs.items()},
+                {i: F.pad(h[r, start:stop].cpu(), (0, 0, missing, 0)) for i, h in inputs.items()},
+                missing,
             )
         )
     return made

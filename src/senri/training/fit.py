@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from senri.hf.calibrate import set_projections
 from senri.hf.modeling_senri import SenriForCausalLM
-from senri.layers import MemoryAttention, WriteGate
+from senri.layers import MemoryAttention, WriteGate, taps_of
 from senri.memory import scan
 from senri.training.features import AskedFeatures, Features
 from senri.training.settings import FeatureSettings, TrainingError
@@ -30,6 +30,8 @@ STATISTICS = 65536  # tokens that the projections are calibrated on
 SCALE = 5.0  # of the read at first: a token that is recalled gains some 5 nats times its embedding's norm
 ANSWERS = 128  # answer tokens of one text at most
 BEGUN_WEIGHT = 0.3  # of an answer's tokens before the value, which the base knows by itself
+UNKNOWN_WEIGHT = 2.0  # of straying from the base where the memory has no answer
+UNKNOWN, UNRELATED = 3, 2  # questions of a text that its memory does not answer: about facts not told, about anything
 
 
 Show = Callable[[dict[str, Any]], None]
@@ -141,11 +143,20 @@ def _follows(features: Features) -> Tensor:
     return inside
 
 
-def _windows(features: Features, rows: Tensor, taps: int) -> tuple[Tensor, Tensor]:
-    """``[n, K]``: each of ``rows`` behind the tokens before it, and which of them are of its stream."""
-    around = rows[:, None] + torch.arange(-taps + 1, 1)
+def _before(features: Features, rows: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """``[n, K]``: each of ``rows`` and the tokens before it, newest first, and which of them are of its stream."""
+    around = rows[:, None] - torch.arange(taps)
     inside = around.clamp(min=0)
     return inside, (around >= 0) & (features.stream[inside] == features.stream[rows, None])
+
+
+class Text(NamedTuple):
+    """Pages in order with the facts that are left in them, and what is asked behind them."""
+
+    pages: list[Pages]
+    asked: list[AskedFeatures]  # the memory, or what stands in sight, answers
+    unknown: list[AskedFeatures]  # nothing does: what the base says is right
+    plain: int  # first token of a stretch of plain text
 
 
 class Reading:
@@ -160,21 +171,23 @@ class Reading:
         self.embedding = model.model.embed_tokens.weight.detach()
         self.pairs = {i: self._pairs(i, memory) for i, memory in model.model.memories.items()}
         self.by_page: dict[int, list[AskedFeatures]] = {}
+        self.unrelated: list[AskedFeatures] = []
         for asked in features.asked:
-            self.by_page.setdefault(asked.page, []).append(asked)
+            (self.by_page.setdefault(asked.page, []) if asked.page >= 0 else self.unrelated).append(asked)
         self.fact_pages = sorted(self.by_page)
         self.plain_pages = [page for page, facts in enumerate(features.facts) if not facts]
         self.vocabulary, self.place = self._vocabulary()
         self.targets = self.embedding[self.vocabulary]
         stream = features.stream
         ends = torch.arange(len(stream)) + SILENT + 1
-        taps = max(model.config.memory_conv_size, 1)
+        taps = taps_of(model.config.memory_conv_size, model.config.memory_context_size)
         usable = ends < len(stream)
         usable[:taps] = False
         usable &= stream[ends.clamp(max=len(stream) - 1)] == stream
         usable[taps:] &= stream[:-taps] == stream[taps:]
-        plain = features.write == 0
-        self.silent = (usable & plain).nonzero()[:, 0]
+        told = F.pad((features.write != 0).cumsum(0), (1, 0))  # tokens of facts before each
+        usable &= told[ends.clamp(max=len(stream))] == told[:-1]
+        self.silent = usable.nonzero()[:, 0]
         if not len(self.silent):
             raise TrainingError(
                 f"the streams are too short: raise page_size or pages, together they need over {SILENT + taps} tokens"
@@ -207,12 +220,12 @@ class Reading:
         return made
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What learns: ``gates`` (read gates and convolutions) and ``rest``."""
+        """What learns: ``gates`` (read gates, convolutions, biases by distance) and ``rest``."""
         groups: dict[str, list[nn.Parameter]] = {"rest": [], "gates": []}
         for memory in self.model.model.memories.values():
             for name, parameter in memory.named_parameters():
                 if not name.startswith("write_gate."):
-                    quick = name.startswith("read_gate.") or name.endswith("_conv")
+                    quick = name.startswith("read_gate.") or name.endswith(("_conv", "context.bias"))
                     groups["gates" if quick else "rest"].append(parameter)
         return groups
 
@@ -248,16 +261,19 @@ class Reading:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             self.rng = Random(f"{self.seed}/{step}")  # so that going on needs no more than the step
-            asked, told = self.losses([self._text() for _ in range(settings.texts)])
-            loss = asked + told
+            losses = self.losses([self._text() for _ in range(settings.texts)])
+            loss = losses["answers"] + UNKNOWN_WEIGHT * losses["unknown"] + losses["plain text"]
             if not loss.isfinite():
                 raise TrainingError(f"the loss of step {step + 1} is not finite: lower the learning rates")
-            for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            for parameter, grad in zip(
+                parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+            ):
                 parameter.grad = grad
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             if (step + 1) % 25 == 0 or step == settings.steps - 1:
-                show({"stage": "reading", "step": step + 1, "answers": asked.item(), "plain text": told.item()})
+                said = {name: part.item() for name, part in losses.items()}
+                show({"stage": "reading", "step": step + 1, **said})
             if (step + 1) % settings.save_steps == 0 or step == settings.steps - 1:
                 save(
                     {"step": step + 1, "optimizer": optimizer.state_dict(), "parameters": [p.data for p in parameters]}
@@ -265,22 +281,21 @@ class Reading:
         for parameter in parameters:
             parameter.grad = None
 
-    def _text(self) -> tuple[list[Pages], list[AskedFeatures]]:
-        """Pages in order with the facts that are left in them, and the questions that these answer.
-
-        From one fact to all: a memory that holds little must be read as surely as a full one.
-        """
-        rng, settings = self.rng, self.settings
+    def _text(self) -> Text:
+        """A text by chance. From one fact to all: a memory that holds little must be read as surely as a full one."""
+        rng, settings, known = self.rng, self.settings, self.features.facts
         told = rng.sample(self.fact_pages, min(rng.randint(1, settings.fact_pages), len(self.fact_pages)))
         pages = told + rng.sample(self.plain_pages, min(rng.randint(0, settings.plain_pages), len(self.plain_pages)))
         rng.shuffle(pages)
-        facts = [(page, number) for page in pages for number in range(len(self.features.facts[page]))]
-        asked_facts = [(q.page, q.fact) for page in told for q in self.by_page[page]]
+        facts = [(page, number) for page in pages for number in range(len(known[page]))]
+        questions = [q for page in told for q in self.by_page[page]]
+        askable = [(q.page, q.fact) for q in questions if q.fact >= 0]
         count = round(math.exp(rng.uniform(0.0, math.log(len(facts)))))
-        kept = {rng.choice(asked_facts), *rng.sample(facts, count - 1)}
-        last = {self.features.facts[page][number]: (page, number) for page, number in facts if (page, number) in kept}
+        kept = {*rng.sample(askable, min(1, len(askable))), *rng.sample(facts, count - 1)}
+        last = {known[page][number]: (page, number) for page, number in facts if (page, number) in kept}
         true = set(last.values())  # said once more later, with another value, it is no longer
-        asked = [q for page in told for q in self.by_page[page] if (q.page, q.fact) in true]
+        asked = [q for q in questions if q.fact < 0 or (q.page, q.fact) in true]
+        unknown = [q for q in questions if q.fact >= 0 and known[q.page][q.fact] not in last]
         rng.shuffle(asked)
         some, tokens = [], 0
         for question in asked:
@@ -288,34 +303,49 @@ class Reading:
             if tokens > ANSWERS:
                 break
             some.append(question)
-        return [(page, frozenset(number for p, number in kept if p == page)) for page in pages], some
+        unknown = rng.sample(unknown, min(UNKNOWN, len(unknown)))
+        unknown += rng.sample(self.unrelated, min(UNRELATED, len(self.unrelated)))
+        left = [(page, frozenset(number for p, number in kept if p == page)) for page in pages]
+        return Text(left, some, unknown, int(self.silent[rng.randrange(len(self.silent))]))
 
-    def losses(self, texts: list[tuple[list[Pages], list[AskedFeatures]]]) -> tuple[Tensor, Tensor]:
-        """Cross entropy of the answers, and by how much the memory changes that of plain text; nats a token."""
+    def losses(self, texts: list[Text]) -> dict[str, Tensor]:
+        """In nats a token: ``answers``, their cross entropy; ``unknown``, the divergence from what the base says where
+        nothing answers; ``plain text``, by how much the memory changes its cross entropy.
+        """
         features = self.features
-        starts = [self.silent[self.rng.randrange(len(self.silent))] for _ in texts]
-        finals, targets, weights, plain = [], [], [], []
-        for (_, asked), start in zip(texts, starts, strict=True):
-            rows = torch.arange(int(start), int(start) + SILENT)
+        finals, targets, weights, kinds = [], [], [], []
+        for text in texts:
+            rows = torch.arange(text.plain, text.plain + SILENT)
+            asked = [*text.asked, *text.unknown]
             finals.append(torch.cat([*(q.final for q in asked), features.final[rows]]).float())
             targets.append(torch.cat([*(q.target for q in asked), features.ids[rows + 1]]))
             ones = [torch.ones(len(q.target)).index_fill_(0, torch.arange(q.value_from), BEGUN_WEIGHT) for q in asked]
             weights.append(torch.cat([*ones, torch.ones(SILENT)]))
-            plain.append(torch.cat([torch.zeros(sum(len(q.target) for q in asked)), torch.ones(SILENT)]).bool())
+            sizes = [sum(len(q.target) for q in part) for part in (text.asked, text.unknown)]
+            kinds.append(torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([*sizes, SILENT])))
         added = [torch.zeros_like(final) for final in finals]
         for index, memory in self.model.model.memories.items():
-            for i, read in enumerate(self._reads(index, memory, texts, starts)):
+            for i, read in enumerate(self._reads(index, memory, texts)):
                 added[i] = added[i] + read
-        final, target = torch.cat(finals), self.place[torch.cat(targets)]
-        weight, silent = torch.cat(weights) * (target >= 0), torch.cat(plain)
-        with_memory = F.cross_entropy(
-            (final + torch.cat(added)) @ self.targets.T, target.clamp(min=0), reduction="none"
-        )
+        final, target, kind = torch.cat(finals), self.place[torch.cat(targets)], torch.cat(kinds)
+        weight = torch.cat(weights) * (target >= 0)
+        with_memory = ((final + torch.cat(added)) @ self.targets.T).log_softmax(-1)
         with torch.no_grad():
-            without = F.cross_entropy(final[silent] @ self.targets.T, target[silent].clamp(min=0), reduction="none")
-        asked_weight = weight * ~silent
-        change = ((with_memory[silent] - without) * weight[silent]).sum() / weight[silent].sum().clamp(min=1)
-        return (with_memory * asked_weight).sum() / asked_weight.sum().clamp(min=1), change
+            without = (final[kind > 0] @ self.targets.T).log_softmax(-1)
+        score = with_memory.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        plain = kind == 2
+        gained = score[plain] - without[kind[kind > 0] == 2].gather(1, target[plain].clamp(min=0)[:, None])[:, 0]
+        unknown = kind == 1
+        strayed = F.kl_div(with_memory[unknown], without[kind[kind > 0] == 1], log_target=True, reduction="sum")
+
+        def mean(x: Tensor, part: Tensor) -> Tensor:
+            return (x * weight[part]).sum() / weight[part].sum().clamp(min=1)
+
+        return {
+            "answers": mean(-score[kind == 0], kind == 0),
+            "unknown": strayed / unknown.sum().clamp(min=1),
+            "plain text": mean(-gained, plain),
+        }
 
     def _left(self, index: int, page: int, facts: frozenset[int]) -> tuple[Tensor, Tensor]:
         """A page's written tokens and their strength without those of facts that are left out."""
@@ -324,47 +354,53 @@ class Reading:
         kept = (fact < 0) | torch.isin(fact, torch.tensor(sorted(facts), dtype=fact.dtype))
         return rows[kept], strength[kept]
 
-    def _reads(
-        self,
-        index: int,
-        memory: MemoryAttention,
-        texts: list[tuple[list[Pages], list[AskedFeatures]]],
-        starts: list[Tensor],
-    ) -> list[Tensor]:
+    def _reads(self, index: int, memory: MemoryAttention, texts: list[Text]) -> list[Tensor]:
         """What the memory adds at each text's answer tokens and plain tokens: ``[n, hidden]`` a text."""
         features, hidden, taps = self.features, self.features.hidden[index], memory.taps
-        pairs, asking, at = [], [], []
-        for (pages, asked), start in zip(texts, starts, strict=True):
-            left = [self._left(index, page, facts) for page, facts in pages]
+        pairs: list[list[Tensor]] = []
+        asking: list[Tensor] = []  # inputs of all questions, with those before them
+        windows: list[Tensor] = []  # [n, K] rows of these, a text
+        valid: list[Tensor] = []  # [rows] which of them are tokens
+        seen = 0
+        for text in texts:
+            left = [self._left(index, page, facts) for page, facts in text.pages]
             pairs.append([torch.cat(parts) for parts in zip(*left, strict=True)])
-            windows = [
-                q.hidden[index][torch.arange(len(q.target))[:, None] + torch.arange(taps)] for q in asked
-            ]  # each [A, K, hidden]
-            rows = torch.arange(int(start), int(start) + SILENT)
-            windows.append(hidden[_windows(features, rows, taps)[0]])
-            asking.append(torch.cat(windows).float())
-            at.append(asking[-1][:, -1])
-        most, reads = max(len(rows) for rows, _ in pairs), max(map(len, asking))
-        beta = torch.zeros(len(texts), most + reads, memory.num_key_value_heads)
-        mask = torch.zeros(len(texts), most + reads, dtype=torch.bool)
+            plain = hidden[text.plain - taps + 1 : text.plain + SILENT]
+            questions = [*text.asked, *text.unknown]
+            parts = [*(q.hidden[index] for q in questions), plain]
+            for part, missing in zip(parts, [*(q.missing for q in questions), 0], strict=True):
+                valid.append(torch.arange(len(part)) >= missing)
+            around = []
+            for part in parts:
+                around.append(seen + torch.arange(taps - 1, len(part))[:, None] - torch.arange(taps))
+                seen += len(part)
+            asking += parts
+            windows.append(torch.cat(around))
+        inputs, at = torch.cat(asking).float(), torch.cat(windows)
+        sizes = [len(window) for window in windows]
+        queries = memory.address("q", inputs, at, torch.cat(valid)[at]).split(sizes)
+        key_rows, inside = _before(features, torch.cat([rows for rows, _ in pairs]), taps)
+        needed, places = key_rows.unique(return_inverse=True)
+        counts = [len(rows) for rows, _ in pairs]
+        keys = memory.address("k", hidden[needed].float(), places, inside).split(counts)
+        most, reads = max(counts), max(sizes)
+        beta = torch.zeros(len(texts), most, memory.num_key_value_heads)
+        mask = torch.zeros(len(texts), most, dtype=torch.bool)
         q_rows, k_rows, v_rows = [], [], []
-        for i, ((rows, strength), ask) in enumerate(zip(pairs, asking, strict=True)):
-            around, inside = _windows(features, rows, taps)
-            keys = memory.keys(hidden[around].float(), inside)[:, 0]
-            k_rows.append(F.pad(keys, (0, 0, 0, most + reads - len(rows))))
-            v_rows.append(
-                F.pad(memory.embedded(features.ids[rows], self.embedding), (0, 0, 0, most + reads - len(rows)))
-            )
-            queries = memory.queries(ask, torch.ones(ask.shape[:2], dtype=torch.bool))[:, 0]
-            q_rows.append(F.pad(queries, (0, 0, most, reads - len(ask))))
+        for i, (rows, strength) in enumerate(pairs):
+            behind = (0, 0, 0, most - len(rows))
+            k_rows.append(F.pad(keys[i], behind))
+            v_rows.append(F.pad(memory.embedded(features.ids[rows], self.embedding), behind))
+            q_rows.append(F.pad(queries[i], (0, 0, 0, reads - sizes[i])))
             beta[i, : len(rows)], mask[i, : len(rows)] = strength, True
-        q, k, v = torch.stack(q_rows), torch.stack(k_rows), torch.stack(v_rows)
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, memory.head_dim))
-
-        out, _ = scan(
-            heads(q), heads(k), heads(v), rule=memory.rule, feature_map=memory.feature_map, beta=beta, mask=mask,
+        k, v = (torch.stack(x).unflatten(-1, (-1, memory.head_dim)) for x in (k_rows, v_rows))
+        _, state = scan(
+            torch.zeros_like(k), k, v, rule=memory.rule, feature_map=memory.feature_map, beta=beta, mask=mask,
             chunk_size=memory.chunk_size, segment_size=memory.segment_size,
         )  # fmt: skip
-        return [memory.read_out(h[None], out[i : i + 1, most : most + len(h)])[0] for i, h in enumerate(at)]
+        out = memory.read_all(torch.stack(q_rows), state)
+        made = []
+        for i, size in enumerate(sizes):
+            now = inputs[windows[i][:, 0]]
+            made.append(memory.read_out(now[None], out[i : i + 1, :size])[0])
+        return made

@@ -1,0 +1,94 @@
+"""A training on features as one run in one folder: what is saved, and how it goes on."""
+
+import json
+
+import pytest
+import torch
+
+import senri.training.feature_trainer as feature_trainer
+from senri.training.feature_trainer import train_on_features
+from senri.training.fit import Reading
+from senri.training.settings import FeatureSettings
+
+SETTINGS = FeatureSettings(
+    streams=2,
+    pages=2,
+    page_size=160,
+    questions=2,
+    gate_steps=5,
+    gate_negative_weight=8.0,
+    steps=4,
+    texts=1,
+    fact_pages=2,
+    plain_pages=1,
+    learning_rate=1e-3,
+    gate_learning_rate=5e-3,
+    weight_decay=0.01,
+    save_steps=2,
+)
+
+
+@pytest.fixture
+def train(make_reader, pages, tmp_path):
+    """``(folder)`` -> the model that a run, or the rest of it, leaves."""
+
+    def run(folder):
+        model = make_reader()
+        train_on_features(
+            model, pages, SETTINGS, 0, tmp_path / folder, {"model": "tiny"},
+            calibrates=True, dtype=torch.float32, notes={},
+        )  # fmt: skip
+        return model
+
+    return run
+
+
+def gates_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".write_gate." in name}
+
+
+def steps_of(folder):
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(entry["stage"], entry["step"]) for entry in entries]
+
+
+def test_a_run_that_goes_on_has_its_write_gates_from_before(train, tmp_path, monkeypatch):
+    """They are not fitted again: after an interruption of the reading they are the same to the last bit."""
+    whole = Reading.losses
+
+    def interrupted(self, texts):
+        interrupted.calls += 1
+        if interrupted.calls == 4:
+            raise KeyboardInterrupt
+        return whole(self, texts)
+
+    def fitted_again(*args):
+        raise AssertionError("the write gates were there already")
+
+    interrupted.calls = 0
+    straight = train("straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("run")
+    saved = torch.load(tmp_path / "run" / "write_gates.pt", weights_only=True)
+    assert saved.keys() == {"1", "2"}
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_trainer, "fit_write_gates", fitted_again)
+        patch.setattr(feature_trainer, "collect", fitted_again)
+        resumed = train("run")
+    for index, weights in saved.items():
+        state = resumed.model.memories[int(index)].write_gate.state_dict()
+        assert all(torch.equal(state[name], weights[name]) for name in weights)
+    expected = {name: p for name, p in straight.named_parameters() if ".memory." in name}
+    assert gates_of(resumed).keys() <= expected.keys()
+    for name, parameter in expected.items():
+        assert torch.equal(resumed.get_parameter(name), parameter), name
+
+
+def test_the_steps_of_a_run_are_one_count(train, tmp_path):
+    expected = [("write gate", 5), ("write gate", 5), ("reading", 5 + 4)]  # two memories
+    train("run")
+    assert steps_of(tmp_path / "run") == expected
+    train("run")
+    assert steps_of(tmp_path / "run") == expected, "each once"
