@@ -29,6 +29,7 @@ BOOSTS = (
     8.0,
     12.0,
 )  # read gates tried: what a perfect recall adds to its token's logit, in nats
+CHANCES = (0.0, 1.0)  # of the read gate
 
 
 class CalibrationReport(NamedTuple):
@@ -153,40 +154,53 @@ def _whiten(memory: MemoryAttention, hidden: Tensor) -> None:
 
 
 def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, float], float, float]:
-    """Read ``ids`` twice in a row and take, layer by layer, the gate with the least loss over both readings."""
+    """Read ``ids`` twice in a row and take, layer by layer, the gate with the least loss over both readings.
+
+    Tried are loudness, and whether a read counts from stray ones: where every token is written all reads are long.
+    """
     twice = torch.cat([ids, ids]).to(model.device)
     target = twice[1:]
     memories = model.model.memories
-    reads: dict[int, list[Tensor]] = {}
     for memory in memories.values():
         memory.read_gate.reset_parameters()
     trunk = model.model(twice[None], use_cache=False).last_hidden_state[0, :-1]
+    for memory in memories.values():
+        memory.read_gate.scale.fill_(1.0)
+    reads = {chance: _reads_of(model, twice, chance) for chance in CHANCES}
+    chosen: dict[int, float] = {}
+    loss_without = best = _loss(model, trunk, target)
+    for index, memory in memories.items():
+        chosen[index], said = 0.0, torch.zeros_like(trunk)
+        for chance in CHANCES:
+            for boost in BOOSTS:
+                gate = boost / float(model.lm_head.weight.float().norm(dim=-1).mean())
+                loss = _loss(model, trunk + gate * reads[chance][index], target)
+                if loss < best:
+                    best, chosen[index], said = loss, gate, gate * reads[chance][index]
+                    memory.read_gate.chance.fill_(chance)
+        trunk = trunk + said
+        memory.read_gate.scale.fill_(chosen[index])
+    return chosen, loss_without, best
+
+
+def _reads_of(model: SenriForCausalLM, ids: Tensor, chance: float) -> dict[int, Tensor]:
+    """What each memory adds ``[tokens - 1, hidden]`` while ``ids`` is read."""
+    memories = model.model.memories
+    reads: dict[int, list[Tensor]] = {}
+    for memory in memories.values():
+        memory.read_gate.chance.fill_(chance)
     hooks = [
         memory.register_forward_hook(
             lambda _module, _args, output, index=index: reads.setdefault(index, []).append(output[0][0])
         )
         for index, memory in memories.items()
     ]
-    for memory in memories.values():
-        memory.read_gate.scale.fill_(1.0)
     try:
-        model.model(twice[None], use_cache=False)
+        model.model(ids[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    chosen: dict[int, float] = {}
-    loss_without = best = _loss(model, trunk, target)
-    for index, memory in memories.items():
-        read = torch.cat(reads[index])[:-1]
-        chosen[index] = 0.0
-        for boost in BOOSTS:
-            gate = boost / float(model.lm_head.weight.float().norm(dim=-1).mean())
-            loss = _loss(model, trunk + gate * read, target)
-            if loss < best:
-                best, chosen[index] = loss, gate
-        trunk = trunk + chosen[index] * read
-        memory.read_gate.scale.fill_(chosen[index])
-    return chosen, loss_without, best
+    return {index: torch.cat(parts)[:-1] for index, parts in reads.items()}
 
 
 def _loss(model: SenriForCausalLM, hidden: Tensor, target: Tensor, block: int = 512) -> float:
