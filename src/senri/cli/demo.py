@@ -121,4 +121,4 @@ def ask_in_new_process(memory: Path) -> None:
     if ANSWER in answer:
         console.print(f"the key was recalled ({ANSWER}).")
         return
-    console.print(f"wrong: the key is {ANSWER}. How often it is recalled at this length: docs/evaluation.md")
+    console.print(f"wrong: the key is {ANSWER}. How often which facts are recalled: docs/training.md")
