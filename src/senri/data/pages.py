@@ -16,7 +16,7 @@ from senri.data.training_chat import PROMPTS
 from senri.data.training_forms import Exchange, Forms
 from senri.data.training_recall import ABOVE, Asked, Recall, labelled, needle, overwritten, whereabouts
 
-KINDS = {needle: 0.7, overwritten: 0.2, whereabouts: 0.1}  # shares of the groups of facts
+GROUPS = {needle: 0.7, overwritten: 0.2, whereabouts: 0.1}  # shares of the groups of facts
 ROOM = 0.5  # share of a page that facts may take
 LEAD = (4, 150)  # tokens of book text before a question, more often few than many
 RIVAL = 0.3  # share of the questions, where there is one, with another fact of the group in sight
@@ -136,7 +136,7 @@ class RecallPages:
         stems: list[str] = []
         room = int(ROOM * self.size)
         for _ in range(12):
-            group = rng.choices(list(KINDS), list(KINDS.values()))[0](rng, False)
+            group = rng.choices(list(GROUPS), list(GROUPS.values()))[0](rng, False)
             size = sum(len(labelled(self.tokenizer, told)[0]) for told in group.told)
             mine = [*map(asked_stem, group.asked), *(told.about for told in group.told)]
             clash = any(a.startswith(b) or b.startswith(a) for a in mine for b in stems)
