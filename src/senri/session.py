@@ -111,7 +111,8 @@ class Session:
 
     @property
     def state(self) -> SenriCache:
-        """The running state."""
+        """The running state, ready to be forked for an answer."""
+        self.model.model.catch_up(self.model._open_session())
         return self.model._open_session()
 
     # reading --------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class Session:
 
         def account() -> int:
             """Note what the state holds of this text by now, and return how many tokens this call brought."""
-            if self.model.session is not None and ledger.count(sum(self.state.tokens_read) - before):
+            if self.model.session is not None and ledger.count(sum(self.model.session.tokens_read) - before):
                 self._unfed = None  # a conversation before it is over
                 self.notes = ledger.notes(complete=False)
             return ledger.counted
@@ -169,7 +170,7 @@ class Session:
                 raise
             raise ReadingStopped(str(error) or "interrupted", ledger.done + ledger.counted) from None
         self.notes, self._resumed = ledger.notes(complete=True), False
-        return last if ledger.counted else last._replace(state_bytes=self.state.nbytes)
+        return last if ledger.counted else last._replace(state_bytes=self.model._open_session().nbytes)
 
     # answering ------------------------------------------------------------------------------------------------
 

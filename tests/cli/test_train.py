@@ -202,7 +202,7 @@ def test_the_part_kept_back_of_the_trained_text_may_be_evaluated(senri, training
 # method features -------------------------------------------------------------------------------------------------
 
 FEATURES = {
-    "streams": 2,
+    "streams": 3,
     "pages": 2,
     "page_size": 160,
     "questions": 1,
@@ -224,7 +224,7 @@ def test_a_training_on_features_and_its_adapter_read_with(senri, training):
     training(model={"senri": GATED}, method="features", features=FEATURES, chat_ratio=0.3)
     result = senri("train", "-o", "run")
     assert (result.code, result.err) == (0, ""), result
-    for word in ("the run goes to run", "read 640 tokens and", "write gate: step 20", "reading: step 24"):
+    for word in ("the run goes to run", "read 960 tokens and", "write gate: step 20", "reading: step 24"):
         assert word in result.out, word
     assert "saved run/adapter.safetensors: name it as adapter in config" in result.out
     assert {"run.json", "log.jsonl", "features.pt", "write_gates.pt", "reading.pt"} <= {
@@ -282,7 +282,11 @@ def test_a_training_on_features_goes_on(senri, training, monkeypatch):
         (GATED, {"trainable": "memory+lora"}, r"trains the memory alone, not memory\+lora: set method to bptt"),
         ({**GATED, "memory_readout": "layer"}, {}, "needs a memory with memory_readout head and write_gate hidden or"),
         ({**GATED, "write_gate": "none"}, {}, "needs a memory with memory_readout head and write_gate hidden or"),
-        (GATED, {"features": {**FEATURES, "pages": 1, "page_size": 68}}, r"streams are too short: raise page_size or"),
+        (
+            GATED,
+            {"features": {**FEATURES, "pages": 1, "page_size": 68}},
+            r"no 68 tokens of plain text in a row: raise streams",
+        ),
         (GATED, {"features": {**FEATURES, "pages": 2000}}, r"the haystack has [\d,]+ tokens and a sample needs"),
     ],
     ids=["trainable", "readout", "gate", "short", "text"],

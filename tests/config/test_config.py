@@ -61,7 +61,7 @@ def test_values_of_the_shipped_files() -> None:
     assert config.training.learning_rate == 3e-4
     assert config.training.bptt_pieces is None
     assert config.experiment.generation.max_new_tokens == 64
-    assert config.senri_overrides()["update_rule"] == "delta_token"
+    assert config.senri_overrides()["update_rule"] == "slot"
 
 
 def test_what_no_recall_takes_is_plain_text() -> None:
@@ -104,7 +104,7 @@ BAD_VALUES = [
     (
         "senri.update_rule",
         "linaer",
-        "model.yaml: senri.update_rule: 'linaer' is not one of: linear, delta, delta_token, gated_delta",
+        "model.yaml: senri.update_rule: 'linaer' is not one of: linear, delta, delta_token, gated_delta, slot",
     ),
     (
         "senri.feature_map",

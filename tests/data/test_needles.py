@@ -12,7 +12,7 @@ import pytest
 from senri.data.corpus import Document
 from senri.data.haystack import BookHaystack, RepeatedHaystack, encode
 from senri.data.needle_tasks import HELD_OUT, KINDS, NIAH, RULER_NIAH
-from senri.data.needles import distance_context, needle_contexts, shared_context
+from senri.data.needles import distance_context, needle_contexts, shared_context, together_contexts
 from senri.data.samples import SampleError
 from senri.data.words import JOBS
 
@@ -602,3 +602,39 @@ def test_distances_are_exact(books, real_tokenizer):
     assert not np.array_equal(other.ids, context.ids)
     with pytest.raises(SampleError, match="give it more text"):
         distance_context(books, real_tokenizer, distances=(10**6,), facts=4, seed=0, sample=0)
+
+
+# all together ----------------------------------------------------------------------------------------------------
+
+TOGETHER = [task for name, task in NIAH.items() if task.haystack == "books" and task.by_depth and name != "single_free"]
+
+
+def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer):
+    lengths, depths = (1500, 3000), (0.1, 0.5, 0.8)
+    placed = set()
+    for sample in range(6):
+        grid = {"lengths": lengths, "depths": depths, "seed": 1, "sample": sample}
+        contexts = together_contexts(TOGETHER, books, real_tokenizer, **grid)
+        again = together_contexts(TOGETHER, books, real_tokenizer, **grid)
+        assert [c.ids.tolist() for c in contexts] == [c.ids.tolist() for c in again]
+        for length, context in zip(lengths, contexts, strict=True):
+            text = real_tokenizer.decode(context.ids)
+            assert len(context.questions) == len(TOGETHER) == 8
+            for task, question in zip(TOGETHER, context.questions, strict=True):
+                assert question.cell["task"] == f"{task.name}, together"
+                assert question.cell["length"] == length
+                assert question.at == len(context.ids)
+                assert question.at + len(question.prompt) + question.max_new_tokens <= length
+                (answer,) = question.answers
+                ((start, stop),) = question.evidence
+                assert answer in real_tokenizer.decode(context.ids[start:stop])
+                assert text.count(f" {answer}.") == 1
+                wanted = question.cell["depth"] * len(context.ids)
+                assert -0.15 * length < start - wanted < 0.15 * length
+                placed.add((task.name, question.cell["depth"]))
+            (last,) = (q for q, t in zip(context.questions, TOGETHER, strict=True) if t.overwritten)
+            name = real_tokenizer.decode(last.prompt).partition("last secret key of ")[2].partition(" mentioned")[0]
+            told = [m.start() for m in re.finditer(f"The secret key of {name} is", text)]
+            assert len(told) == 3
+            assert text.index(last.answers[0]) > max(told)
+    assert len(placed) == len(TOGETHER) * len(depths), "every task's fact comes to every depth"

@@ -63,7 +63,7 @@ def test_a_base_without_a_preset_gets_memories_that_fit(layers):
         ({"memory_context_size": -1}, "memory_context_size must be at least 0"),
         ({"memory_context_size": 4, "sliding_window_size": 3}, "must be at least memory_context_size"),
         ({"memory_conv_size": 2, "memory_context_size": 2}, "memory_conv_size and memory_context_size both make the"),
-        ({"update_rule": "hebb"}, "update_rule 'hebb' is not one of: linear, delta, delta_token, gated_delta"),
+        ({"update_rule": "hebb"}, "update_rule 'hebb' is not one of: linear, delta, delta_token, gated_delta, slot"),
         ({"feature_map": "gelu"}, "feature_map 'gelu' is not one of: elu_plus_one"),
         ({"feature_map": "identity"}, "feature_map 'identity' can be negative, so update_rule 'linear' cannot"),
         ({"feature_map": "identity", "update_rule": "delta"}, "update_rule 'delta' cannot divide by z"),

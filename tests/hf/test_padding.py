@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from senri.memory import RULES
+from senri.memory.state import named_tensors
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LENGTHS = [30, 11, 4]
@@ -44,9 +45,9 @@ def assert_row_states_equal(cache, row, alone):
         torch.testing.assert_close(mine.sink_values[row], its.sink_values[0], **EXACT)
         if mine.memory is None:
             continue
-        for field, tensor in mine.memory.memory._asdict().items():
-            if tensor is not None:
-                torch.testing.assert_close(tensor[row], getattr(its.memory.memory, field)[0], **EXACT)
+        others = named_tensors(its.memory.memory)
+        for field, tensor in named_tensors(mine.memory.memory).items():
+            torch.testing.assert_close(tensor[row], others[field][0], **EXACT, msg=field)
     assert cache.tokens_read[row] == alone.tokens_read[0]
     assert cache.state.valid[row].sum() == alone.state.valid[0].sum()
 

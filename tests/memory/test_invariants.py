@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from senri.memory import RULES, MemoryState, reference, scan
+from senri.memory import RULES, MemoryState, SlotParameters, reference, scan
 from senri.memory.state import map_tensors, named_tensors
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -38,6 +38,12 @@ class Case:
         if RULES[rule].normalised:
             self.options["feature_map"] = draw(st.sampled_from(["elu_plus_one", "dpfp", "hedgehog", None]))
         self.gates = {}
+        if rule == "slot":
+            self.options["num_slots"] = draw(st.integers(1, 9))
+            # so that keys of few dimensions are the same in part
+            self.options["slot"] = SlotParameters(*(x + 0.1 * randn(H).abs() for x in (4.0, 0.3, 5.0)))
+            if draw(st.booleans()):
+                self.gates["null"] = randn(B, T, H * G)
         if draw(st.booleans()):
             self.gates["beta"] = randn(B, T, H).sigmoid()
         if RULES[rule].forgets and draw(st.booleans()):
@@ -213,7 +219,7 @@ def test_delay_is_a_shift_of_the_stream(data, rule):
     kept = max(T - W, 0)
     expected = torch.zeros_like(out)
     if kept:
-        gates = {n: g[:, :kept] for n, g in case.gates.items()}
+        gates = {n: g[:, W:] if n == "null" else g[:, :kept] for n, g in case.gates.items()}
         expected[:, W:], _ = scan(
             case.q[:, W:], case.k[:, :kept], case.v[:, :kept], **gates, **{**case.options, "delay": 0}
         )
@@ -279,7 +285,7 @@ def test_state_knows_its_size_and_moves():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rule": "hebb"}, "rule 'hebb' is not one of: linear, delta, delta_token, gated_delta"),
+        ({"rule": "hebb"}, "rule 'hebb' is not one of: linear, delta, delta_token, gated_delta, slot"),
         ({"feature_map": "exp"}, "feature_map 'exp' is not one of"),
         ({"rule": "delta_token", "log_alpha": torch.zeros(1, 4, 2)}, "has no forget gate"),
         ({"delay": -1}, "delay must be >= 0"),

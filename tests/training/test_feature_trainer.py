@@ -11,7 +11,7 @@ from senri.training.fit import Reading
 from senri.training.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(
-    streams=2,
+    streams=3,
     pages=2,
     page_size=160,
     questions=2,

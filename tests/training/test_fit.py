@@ -99,7 +99,9 @@ def separable():
     stream = torch.arange(tokens) // 1000
     nothing = torch.zeros(tokens, 1)
     surprise, fact_of = random(tokens).abs(), torch.full((tokens,), -1, dtype=torch.int16)
-    return Features(500, torch.zeros(tokens).long(), write, stream, nothing, surprise, hidden, [], fact_of, [])
+    return Features(
+        500, torch.zeros(tokens).long(), write, stream, nothing, torch.arange(tokens), surprise, hidden, [], fact_of, []
+    )
 
 
 @pytest.mark.parametrize("write_gate", ["hidden", "surprise"])
@@ -170,7 +172,7 @@ def test_a_model_that_features_cannot_train(make_senri, config):
 @pytest.mark.parametrize("rule", ["delta", "gated_delta"])
 def test_rules_that_count_what_is_not_written_are_refused(make_senri, rule):
     """A text put together from pages has only the pairs that were let through."""
-    with pytest.raises(TrainingError, match=f"update_rule linear or delta_token, not {rule}"):
+    with pytest.raises(TrainingError, match=f"update_rule linear, delta_token or slot, not {rule}"):
         check_model(make_senri(memory_readout="head", write_gate="hidden", update_rule=rule))
 
 
@@ -217,12 +219,14 @@ def heard(model, text, ids, part):
         {"memory_conv_size": 0, "memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 6},
         CONTEXT,
         {**CONTEXT, "memory_context_size": 5, "memory_num_heads": 4, "memory_num_key_value_heads": 2},
+        {**CONTEXT, "update_rule": "slot"},
+        {"update_rule": "slot", "memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 6},
     ],
-    ids=["four taps", "surprise", "linear", "heads", "context", "context of heads"],
+    ids=["four taps", "surprise", "linear", "heads", "context", "context of heads", "slots", "slots of heads"],
 )
 def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pages, options):
     model, streams = make_reader(**options), [index for index in range(12) if index % 3 != 2]
-    features = make_features(model, streams)
+    features = make_features(model, [*streams, 5])  # the last one plain, for the silent part
     write_some(model, features)
     reading = Reading(model, features, SETTINGS, seed=0)
     asked, size, count = questions(pages, streams), pages.size * pages.pages, pages.pages
@@ -288,7 +292,7 @@ def reading_taps(model):
 @torch.no_grad()
 def all_reads(reading, texts):
     """What both memories add to each text's questions and to its plain tokens."""
-    return [reading._reads(index, memory, texts) for index, memory in reading.model.model.memories.items()]
+    return [reading._reads(index, memory, texts)[0] for index, memory in reading.model.model.memories.items()]
 
 
 def text_of(reading, told, asked, unknown=()):
@@ -323,6 +327,61 @@ def test_of_a_fact_that_is_left_out_nothing_is_written(make_reading):
             torch.testing.assert_close(layer, other, rtol=1e-4, atol=1e-5)
             numbers = set(features.fact_of[pairs[index][page][0]].tolist())
             assert ((layer - whole).abs().max() > 1e-2) == (not numbers <= {-1, *facts})
+
+
+SLOTS = {"update_rule": "slot", "memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 6}
+
+
+@torch.no_grad()
+def test_the_shares_of_slots_are_those_of_their_pairs(make_reading):
+    """The values of the pairs, by their shares, are what is read: so a share is that of the pair it stands for."""
+    reading = make_reading(options={**SLOTS, "memory_num_heads": 1, "memory_num_key_value_heads": 1})
+    features, pages = reading.features, reading.fact_pages[:3]
+    texts = [
+        text_of(
+            reading, [(page, frozenset(range(len(features.facts[page])))) for page in some], reading.by_page[some[0]]
+        )
+        for some in (pages, pages[:1])
+    ]
+    for index, memory in reading.model.model.memories.items():
+        added, shares = reading._reads(index, memory, texts)
+        for text, found, share in zip(texts, added, shares, strict=True):
+            rows = torch.cat([reading._left(index, *page)[0] for page in text.pages])
+            values = memory.embedded(features.ids[rows], reading.embedding)
+            expected = memory.o_proj(memory.read_gate.scale * (share @ values))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert share.max() > 1e-6
+
+
+@torch.no_grad()
+def test_an_address_is_that_of_the_answers_own_tokens(make_reading):
+    reading = make_reading(options=SLOTS)
+    features = reading.features
+    question = next(
+        q for page in reading.fact_pages for q in reading.by_page[page] if q.fact >= 0 and q.value_from > 1
+        and set(features.ids[reading.pairs[1][page][0]].tolist()) & set(q.target[q.value_from :].tolist())
+    )  # fmt: skip
+    told = [(page, frozenset(range(len(features.facts[page])))) for page in reading.fact_pages[:4]]
+    told = [*(item for item in told if item[0] != question.page), (question.page, frozenset([question.fact]))]
+    text = text_of(reading, told, [question])
+    rows = torch.cat([reading._left(1, *page)[0] for page in told])
+    share, holders = torch.zeros(len(question.target), len(rows)), 0
+    for place in range(question.value_from, len(question.target)):
+        for n, row in enumerate(rows.tolist()):
+            own = row // features.page_size == question.page and features.fact_of[row] == question.fact
+            first = place == question.value_from
+            follows = first or features.ids[row - 1] == question.target[place - 1]
+            if own and follows and features.ids[row] == question.target[place]:
+                share[place, n] = 0.25
+                holders += 1
+    assert holders
+    places = (share > 0).sum(1)
+    expected = -(0.25 * places[places > 0]).log().mean()
+    torch.testing.assert_close(reading._addressed(1, [text], [share]), expected)
+    share += 0.01 * (share == 0)  # what the others have counts for nothing
+    torch.testing.assert_close(reading._addressed(1, [text], [share]), expected)
+    in_sight = replace(question, fact=-1)
+    assert reading._addressed(1, [text._replace(asked=[in_sight])], [share]) == 0
 
 
 @pytest.mark.parametrize("where", ["on another page", "on its page"])

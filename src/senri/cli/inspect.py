@@ -17,6 +17,7 @@ _SHOWN = (
     "num_sink_tokens",
     "memory_layers",
     "memory_heads",
+    "memory_num_slots",
     "memory_readout",
     "update_rule",
     "feature_map",
@@ -38,12 +39,13 @@ def command(memory: MemoryFile) -> None:
         if header.get(name) is not None:
             console.print(f"  {name:<22} {header[name]}")
     table = Table(title="memories", title_justify="left")
-    for column in ("layer", "heads", "matrix", "pairs written", "norm", "effective rank"):
+    for column in ("layer", "heads", "matrix", "pairs written", "norm", "effective rank", "slots held"):
         table.add_column(column, justify="right")
     for name, matrix in sorted(tensors.items()):
         if not name.endswith(".memory.memory.M"):
             continue
         written = tensors[name.removesuffix("M") + "written"]
+        strength = tensors.get(name.removesuffix("M") + "slots.strength")
         ranks = effective_rank(matrix).flatten().tolist()
         table.add_row(
             name.split(".")[1],
@@ -52,5 +54,6 @@ def command(memory: MemoryFile) -> None:
             ", ".join(f"{n:,}" for n in written.tolist()),
             f"{float(matrix.norm()):.2f}",
             f"{sum(ranks) / len(ranks):.0f} of {min(matrix.shape[2:])}",
+            "" if strength is None else f"{int((strength > 0).sum())} of {strength.numel()}",
         )
     console.print(table)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, with
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-UpdateRule = Literal["linear", "delta", "delta_token", "gated_delta"]
+UpdateRule = Literal["linear", "delta", "delta_token", "gated_delta", "slot"]
 FeatureMap = Literal["elu_plus_one", "relu", "identity", "dpfp", "hedgehog"]
 MemoryReadout = Literal["layer", "head"]
 MemoryGate = Literal["additive", "infini"]
@@ -18,7 +18,7 @@ WriteGate = Literal["none", "hidden", "surprise"]
 Trainable = Literal["memory", "memory+lora", "all"]
 SuiteName = Literal["niah", "recall_by_writes", "perplexity", "capacity", "reversal", "ruler", "babilong"]
 NiahTask = Literal[
-    "single", "single_free", "passkey", "multikey", "multivalue", "multiquery", "overwritten", "shared",
+    "single", "single_free", "passkey", "multikey", "multivalue", "multiquery", "overwritten", "shared", "together",
     "wording_city", "wording_food", "wording_job", "wording_number", "wording_words",
 ]  # fmt: skip
 RulerTask = Literal[
@@ -72,6 +72,7 @@ class SenriOverrides(TypedDict, total=False):
     memory_num_heads: Positive
     memory_num_key_value_heads: Positive
     memory_head_dim: Positive
+    memory_num_slots: Positive
     update_rule: UpdateRule
     feature_map: FeatureMap | None
     memory_readout: MemoryReadout

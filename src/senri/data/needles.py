@@ -79,7 +79,7 @@ class _Facts:
 
     def __init__(self, task: NeedleTask, wording: Wording, rng: Random) -> None:
         self.task, self.rng = task, rng
-        keys = _distinct(KINDS[task.key], task.keys, rng)
+        self.keys = keys = _distinct(KINDS[task.key], task.keys, rng)
         per_key = max(task.values, task.overwritten + 1)
         values = _distinct(KINDS[task.value], task.keys * per_key, rng)
         self.texts, owners = [], []
@@ -182,6 +182,77 @@ def shared_context(
         ),
         source=stretch.source,
     )
+
+
+def together_contexts(
+    tasks: Sequence[NeedleTask],
+    books: Haystack,
+    tokenizer: Any,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    seed: int,
+    sample: int,
+) -> list[Context]:
+    """For each length one context that holds the facts of all ``tasks``, read once for all their questions.
+
+    All facts distract from each other: harder than a context for each task, and cheaper by their number. A task's
+    asked fact takes the depths in turn, from sample to sample. The cell's task is ``NAME, together``.
+
+    Raises:
+        SampleError: see :func:`needle_contexts`.
+    """
+    base = f"{seed}/together/{sample}"
+    known: set[str] = set()
+    facts = []
+    for task in tasks:
+        wording = task.wordings[sample % len(task.wordings)]
+        for attempt in range(100):
+            made = _Facts(task, wording, Random(f"{base}/{task.name}/{attempt}"))
+            if not known & {*made.keys}:  # no two facts of one person
+                break
+        known |= {*made.keys}
+        facts.append(made)
+    questions = [encode(tokenizer, made.question) for made in facts]
+    longest = max(len(q) + task.max_new_tokens for q, task in zip(questions, tasks, strict=True))
+    contexts = []
+    for length in lengths:
+        size = length - longest
+        plants: list[Plant] = []
+        first: list[int] = []
+        for number, made in enumerate(facts):
+            first.append(len(plants))
+            made.rng.seed(f"{base}/{made.task.name}/{length}")
+            depth = depths[(sample + number) % len(depths)]
+            plants += [
+                Plant(place * size, tuple(encode(tokenizer, text)))
+                for text, place in made.placed(depth if made.task.by_depth else None)
+            ]
+        stretch = books.stretch(max(lengths), Random(base))
+        ids, spans = plant(stretch, plants, size)
+        contexts.append(
+            Context(
+                ids,
+                tuple(
+                    Question(
+                        at=size,
+                        prompt=tuple(question),
+                        answers=tuple(made.answers),
+                        max_new_tokens=made.task.max_new_tokens,
+                        cell={
+                            "task": f"{made.task.name}, together",
+                            "length": length,
+                            "depth": depths[(sample + number) % len(depths)] if made.task.by_depth else None,
+                        },
+                        evidence=tuple(spans[first[number] + i] for i in made.asked),
+                        stop=made.task.stop,
+                    )
+                    for number, (made, question) in enumerate(zip(facts, questions, strict=True))
+                ),
+                source=stretch.source,
+            )
+        )
+    return contexts
 
 
 def _in_time(wanted: Sequence[float], sizes: Sequence[int], facts: Sequence[Sequence[int]]) -> list[float]:

@@ -19,6 +19,7 @@ from senri.data.training_recall import ABOVE, Asked, Recall, labelled, needle, o
 GROUPS = {needle: 0.7, overwritten: 0.2, whereabouts: 0.1}  # shares of the groups of facts
 ROOM = 0.5  # share of a page that facts may take
 LEAD = (4, 150)  # tokens of book text before a question, more often few than many
+NO_LEAD = 0.25  # share of the questions without: asked in an empty window, as after the end of a text
 RIVAL = 0.3  # share of the questions, where there is one, with another fact of the group in sight
 IN_SIGHT = 0.1  # share of the questions whose own fact stands in sight
 
@@ -123,11 +124,12 @@ class RecallPages:
         rng = Random(f"{self.seed}/unrelated")
         made = []
         for prompt in (prompt for question in PROMPTS for prompt in self.forms.prompts(question)):
-            lead = self._lead(rng) if rng.random() < 0.5 else []
-            made.append([*lead, *prompt])
+            made.append([*self._lead(rng), *prompt])
         return made
 
     def _lead(self, rng: Random) -> list[int]:
+        if rng.random() < NO_LEAD:
+            return []
         return self.books.stretch(round(math.exp(rng.uniform(*map(math.log, LEAD)))), rng).ids.tolist()
 
     def _recalls(self, rng: Random) -> list[Recall]:

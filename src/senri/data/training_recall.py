@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from senri.data.training_facts import FIRST, KINDS, ROOMS, TELLINGS, Telling
 
 ABOVE = " mentioned above"
+COLON_LEFT_OUT = 0.3  # share of the answers
 _WHAT = "What is the "
 
 
@@ -233,6 +235,10 @@ def _ask(telling: Telling, key: str, value: str, rng: Random, *, fact: int, last
         stem += " according to what was said last"
     if plain and rng.random() < 0.5:
         stem += ABOVE
+        if rng.random() < 0.5:  # as models answer
+            begun = re.sub(" is(:?)$", rf"{ABOVE} is\1", begun)
+    if rng.random() < COLON_LEFT_OUT:
+        begun = begun.removesuffix(":")
     return Asked(f"{stem}?".format(key=key), begun.format(key=key), value, fact)
 
 

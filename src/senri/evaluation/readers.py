@@ -90,12 +90,14 @@ class SenriReader:
         with torch.no_grad():
             for start in range(done, at, size):
                 piece = torch.from_numpy(ids[start : min(start + size, at)].astype(np.int64))
-                self.model.model(piece[None].to(self.model.device), past_key_values=state)
+                self.model.model.read(piece[None].to(self.model.device), state)
                 self.tokens_read += len(piece)
                 self.progress(self.tokens_read)
                 if not memory:
                     state = without_memory(state)
-                path.note(start + len(piece), state, last=start + size >= at)
+                if last := start + size >= at:
+                    self.model.model.catch_up(state)  # once, not in every fork
+                path.note(start + len(piece), state, last=last)
         return state
 
     def with_memory_of(self, state: SenriCache, other: tuple[Any, ...]) -> SenriCache:

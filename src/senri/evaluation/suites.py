@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from senri.data.babilong import babilong_context, load_babi
 from senri.data.haystack import BookHaystack
 from senri.data.needle_tasks import NIAH, RULER_NIAH
-from senri.data.needles import distance_context, needle_contexts, shared_context
+from senri.data.needles import distance_context, needle_contexts, shared_context, together_contexts
 from senri.data.ruler import common_words, frequent_words, load_squad, question_answering, variable_tracking
 from senri.data.samples import Context
 from senri.evaluation.readers import Reader
@@ -22,7 +22,11 @@ from senri.evaluation.runner import Log, RecallTask, run_task
 
 RULER_OTHERS = {"vt": variable_tracking, "cwe": common_words, "fwe": frequent_words}
 RULER_TASKS = (*RULER_NIAH, *RULER_OTHERS)
-NIAH_TASKS = (*NIAH, "shared")
+NIAH_TASKS = (*NIAH, "shared", "together")
+# One text for all of them. Not those that need a haystack of their own, nor two questions for the same fact.
+TOGETHER = tuple(
+    task for name, task in NIAH.items() if task.haystack == "books" and task.by_depth and name != "single_free"
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def niah(
         grid: dict[str, Any] = {"lengths": lengths, "depths": depths, "seed": sources.seed, "sample": sample}
         if name == "shared":
             return [shared_context(sources.books, sources.tokenizer, per_cell=shared_questions, **grid)]
+        if name == "together":
+            return together_contexts(TOGETHER, sources.books, sources.tokenizer, **grid)
         return needle_contexts(NIAH[name], sources.books, sources.tokenizer, **grid)
 
     return RecallSuite(

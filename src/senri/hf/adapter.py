@@ -27,6 +27,7 @@ CONFIG_FIELDS = (
     "memory_num_heads",
     "memory_num_key_value_heads",
     "memory_head_dim",
+    "memory_num_slots",
     "update_rule",
     "feature_map",
     "store",

@@ -33,6 +33,9 @@ class ModelState(NamedTuple):
     last_hidden: Tensor | None  # [B, hidden]: predicts the next token, whose surprise it gives
     position: Tensor  # [B] int64: tokens read in each row, padding not counted
     since_flush: Tensor  # [B] int64: those of them since the last flush(); the first ones are the sinks
+    # [B, N, hidden] or None: the last tokens' inputs of the last layer with a memory, if from there on they were only
+    # read for the memory (SenriModel.read); that layer's window and those above it are computed when needed
+    deferred: Tensor | None = None
 
 
 class SenriCache(Cache):

@@ -166,29 +166,35 @@ def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, 
     trunk = model.model(twice[None], use_cache=False).last_hidden_state[0, :-1]
     for memory in memories.values():
         memory.read_gate.scale.fill_(1.0)
-    reads = {chance: _reads_of(model, twice, chance) for chance in CHANCES}
+    chances = (None,) if model.config.update_rule == "slot" else CHANCES  # a slot's read has no strays to count from
+    reads = {chance: _reads_of(model, twice, chance) for chance in chances}
     chosen: dict[int, float] = {}
     loss_without = best = _loss(model, trunk, target)
     for index, memory in memories.items():
         chosen[index], said = 0.0, torch.zeros_like(trunk)
-        for chance in CHANCES:
+        for chance in chances:
             for boost in BOOSTS:
                 gate = boost / float(model.lm_head.weight.float().norm(dim=-1).mean())
                 loss = _loss(model, trunk + gate * reads[chance][index], target)
                 if loss < best:
                     best, chosen[index], said = loss, gate, gate * reads[chance][index]
-                    memory.read_gate.chance.fill_(chance)
+                    _set_chance(memory, chance)
         trunk = trunk + said
         memory.read_gate.scale.fill_(chosen[index])
     return chosen, loss_without, best
 
 
-def _reads_of(model: SenriForCausalLM, ids: Tensor, chance: float) -> dict[int, Tensor]:
+def _set_chance(memory: MemoryAttention, chance: float | None) -> None:
+    if chance is not None:
+        cast(Tensor, memory.read_gate.chance).fill_(chance)
+
+
+def _reads_of(model: SenriForCausalLM, ids: Tensor, chance: float | None) -> dict[int, Tensor]:
     """What each memory adds ``[tokens - 1, hidden]`` while ``ids`` is read."""
     memories = model.model.memories
     reads: dict[int, list[Tensor]] = {}
     for memory in memories.values():
-        memory.read_gate.chance.fill_(chance)
+        _set_chance(memory, chance)
     hooks = [
         memory.register_forward_hook(
             lambda _module, _args, output, index=index: reads.setdefault(index, []).append(output[0][0])

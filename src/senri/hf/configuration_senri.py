@@ -54,6 +54,7 @@ _AT_LEAST = {
     "memory_num_heads": 1,
     "memory_num_key_value_heads": 1,
     "memory_head_dim": 1,
+    "memory_num_slots": 1,
     "memory_conv_size": 0,
     "memory_context_size": 0,
 }
@@ -79,7 +80,8 @@ class SenriConfig(LlamaConfig):
         segment_size: pairs between two refreshes of the `delta` rule's correction.
         num_memory_layers, first_memory_layer, memory_layer_interval: which layers have a memory.
         memory_num_heads, memory_num_key_value_heads, memory_head_dim: query heads, memories, their width.
-        update_rule: `linear` | `delta` | `delta_token` | `gated_delta`.
+        memory_num_slots: pairs that rule `slot` holds.
+        update_rule: `linear` | `delta` | `delta_token` | `gated_delta` | `slot`.
         feature_map: `elu_plus_one` | `relu` | `identity` | `dpfp` | `hedgehog`; None takes the rule's own.
         store: `single`: one memory a head.
         memory_readout: `layer` reads into the memory layer's residual; `head` stores token embeddings and adds the
@@ -106,6 +108,7 @@ class SenriConfig(LlamaConfig):
     memory_num_heads: int = 9
     memory_num_key_value_heads: int | None = None
     memory_head_dim: int = 64
+    memory_num_slots: int = 768
     update_rule: str = "linear"
     feature_map: str | None = None
     store: str = "single"

@@ -180,6 +180,7 @@ def build_memory(config: SenriConfig) -> MemoryAttention:
         feature_map=config.feature_map,
         chunk_size=config.chunk_size,
         segment_size=config.segment_size,
+        num_slots=config.memory_num_slots,
         conv_size=config.memory_conv_size,
         context_size=config.memory_context_size,
         context_heads=math.gcd(config.num_attention_heads, config.memory_num_key_value_heads * config.memory_head_dim),

@@ -36,6 +36,7 @@ _MUST_MATCH = (
     "store",
     "memory_readout",
     "memory_heads",
+    "memory_num_slots",
     "memory_conv_size",
     "memory_context_size",
     "model_fingerprint",
@@ -78,6 +79,7 @@ def expected_header(config: SenriConfig) -> dict[str, Any]:
         "store": config.store,
         "memory_readout": config.memory_readout,
         "memory_heads": [config.memory_num_heads, config.memory_num_key_value_heads, config.memory_head_dim],
+        "memory_num_slots": config.memory_num_slots if config.update_rule == "slot" else None,
         "memory_conv_size": config.memory_conv_size,
         "memory_context_size": config.memory_context_size,
     }

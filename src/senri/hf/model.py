@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from senri.hf.cache import LayerState, ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.decoder import AttentionPlan, SenriDecoderLayer, SenriRotaryEmbedding
-from senri.layers import MemoryAttention, MemoryStream, new_sinks, sinks_behind, taps_of, window_plan
+from senri.layers import MemoryAttention, MemoryLayerState, MemoryStream, new_sinks, sinks_behind, taps_of, window_plan
 from senri.memory.scan import unpack_index
 
 INFERENCE_PIECE = 2048  # tokens of one pass without gradient: bounds the activations of a long prompt
@@ -107,6 +107,7 @@ class SenriModel(SenriPreTrainedModel):
         if cache.state is None:
             cache.state = self.empty_state(inputs_embeds.shape[0], inputs_embeds.dtype)
         self._check_padding(mask, cache, inputs_embeds.shape[1])
+        self.catch_up(cache)
         outputs, collected = [], []
         for start in range(0, inputs_embeds.shape[1], self._piece_size(inputs_embeds.shape[1])):
             part = slice(start, start + self._piece_size(inputs_embeds.shape[1]))
@@ -128,6 +129,131 @@ class SenriModel(SenriPreTrainedModel):
             last_hidden_state=hidden,
             past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=all_hidden,
+        )
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, cache: SenriCache) -> None:
+        """Read ``input_ids`` ``[B, T]`` into the cache without predicting anything: as :meth:`forward`, but cheaper.
+
+        What the memory is written from is known below the last layer with one. The layers from there on only look back
+        over a few windows, so they wait: the last inputs of theirs are kept, as many as :meth:`catch_up` needs to end
+        in the very state of a forward. Where this cannot be (the surprise write gate, read-outs into the layers,
+        padding, gradients) it is a forward.
+        """
+        for piece in input_ids.split(self._piece_size(input_ids.shape[1]), dim=1):
+            if not self._can_defer(cache):
+                self(piece, past_key_values=cache)
+            else:
+                self._check_inputs(piece, piece, None, cache)
+                self._read_piece(piece, cache)
+
+    @torch.no_grad()
+    def catch_up(self, cache: SenriCache) -> None:
+        """Compute what :meth:`read` deferred, layer by layer, each over the tokens that the layers above it look at."""
+        state = cache.state
+        if state is None or state.deferred is None:
+            return
+        hidden, layers = state.deferred, list(state.layers)
+        for i in range(self._first_deferred, len(layers)):
+            needed = (len(layers) - i) * (self.config.sliding_window_size - 1)
+            if hidden.shape[1] > needed:
+                hidden, layers[i] = hidden[:, hidden.shape[1] - needed :], _without_window(layers[i])
+            if not hidden.shape[1]:  # a window of one token looks back at none
+                break
+            outputs, before = [], hidden.shape[1]
+            for piece in hidden.split(INFERENCE_PIECE, dim=1):
+                index = torch.arange(piece.shape[1], device=piece.device) - before
+                plan = self._plan(
+                    piece, layers[i].keys.shape[2], state.position[:, None] + index, state.since_flush[:, None] + index
+                )
+                out, _, layers[i] = self.layers[i](piece, layers[i]._replace(memory=None), plan, None)
+                outputs.append(out)
+                before -= piece.shape[1]
+            hidden = torch.cat(outputs, dim=1)
+        memories = [layer._replace(memory=old.memory) for layer, old in zip(layers, state.layers, strict=True)]
+        cache.commit(state._replace(layers=tuple(memories), deferred=None), columns=0)
+
+    @property
+    def _first_deferred(self) -> int:
+        return max(self.config.memory_layers)
+
+    def _can_defer(self, cache: SenriCache) -> bool:
+        config, state = self.config, cache.state
+        return (
+            config.num_memory_layers > 0
+            and config.memory_readout == "head"
+            and config.write_gate != "surprise"
+            and not cache.has_padding
+            and state is not None
+            and bool((state.since_flush >= config.num_sink_tokens).all())  # every layer has its sinks
+        )
+
+    def _read_piece(self, ids: Tensor, cache: SenriCache) -> None:
+        """The layers below the last memory over ``ids`` ``[B, T]``; commits the new state at the end."""
+        state = cache.state
+        assert state is not None
+        hidden, valid = self.embed_tokens(ids), torch.ones_like(ids, dtype=torch.bool)
+        stream = self._stream(state, valid, ids, None)
+        steps, first = ids.shape[1], self._first_deferred
+        index = torch.arange(steps, device=ids.device)
+        plan = (
+            self._plan(
+                hidden,
+                state.layers[0].keys.shape[2],
+                state.position[:, None] + index,
+                state.since_flush[:, None] + index,
+            )
+            if first
+            else None
+        )
+        layers = list(state.layers)
+        waiting: dict[int, Tensor] = {}
+        for i, layer in enumerate(self.layers[:first]):
+            hidden, memory_input, layers[i] = layer(hidden, state.layers[i], plan, stream)
+            if memory_input is not None:
+                waiting[i] = memory_input
+        waiting[first] = cast(SenriDecoderLayer, self.layers[first]).input_layernorm(hidden)
+        for i, memory_input in waiting.items():
+            old = cast(MemoryLayerState, state.layers[i].memory)
+            written = self.memories[i].write(memory_input, stream, old, self.embed_tokens.weight)
+            layers[i] = layers[i]._replace(memory=written)
+        if state.deferred is not None:
+            hidden = torch.cat([state.deferred, hidden], dim=1)
+        needed = (len(layers) - first) * (self.config.sliding_window_size - 1)
+        if hidden.shape[1] > needed:
+            hidden = hidden[:, hidden.shape[1] - needed :]
+            layers[first:] = [_without_window(layer) for layer in layers[first:]]
+        slots = state.ids.shape[1]
+        cache.commit(
+            state._replace(
+                layers=tuple(layers),
+                ids=cast(Tensor, stream.ids)[:, -slots:],
+                valid=stream.valid[:, -slots:],
+                position=state.position + steps,
+                since_flush=state.since_flush + steps,
+                deferred=hidden,
+            ),
+            steps,
+        )
+
+    def _plan(
+        self,
+        hidden: Tensor,
+        past: int,
+        position_ids: Tensor,
+        index: Tensor,
+        valid: Tensor | None = None,
+        window_valid: Tensor | None = None,
+    ) -> AttentionPlan:
+        """How ``hidden`` ``[B, T, hidden]`` attends; ``index`` ``[B, T]``: number of each token in its text."""
+        window, num_sinks = self.config.sliding_window_size, self.config.num_sink_tokens
+        behind = sinks_behind(index, num_sinks, window)
+        valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+        return AttentionPlan(
+            window_plan(hidden.shape[1], past, window, window_valid, hidden.device, behind=behind),
+            self.rotary_emb(hidden, position_ids),
+            new_sinks(index, valid, num_sinks),
+            self.rotary_emb.sinks(hidden, num_sinks, window),
         )
 
     @property
@@ -168,6 +294,7 @@ class SenriModel(SenriPreTrainedModel):
                 valid=empty.bool(),
                 surprise=None if state.surprise is None else state.surprise.new_zeros(empty.shape[0], slots),
                 since_flush=torch.zeros_like(state.since_flush),
+                deferred=None,  # no one will look back at it
             ),
             columns=0,
         )
@@ -194,16 +321,8 @@ class SenriModel(SenriPreTrainedModel):
             position_ids = (state.position[:, None] + valid.cumsum(1) - 1).clamp(min=0)
         stream = self._stream(state, valid, ids, None)
         window_valid = stream.valid[:, -(past + steps) :] if has_padding else None
-        window, num_sinks = self.config.sliding_window_size, self.config.num_sink_tokens
         index = state.since_flush[:, None] + valid.cumsum(1) - 1
-        plan = AttentionPlan(
-            window_plan(
-                steps, past, window, window_valid, hidden.device, behind=sinks_behind(index, num_sinks, window)
-            ),
-            self.rotary_emb(hidden, position_ids),
-            new_sinks(index, valid, num_sinks),
-            self.rotary_emb.sinks(hidden, num_sinks, window),
-        )
+        plan = self._plan(hidden, past, position_ids, index, valid, window_valid)
         layers: list[LayerState] = []
         waiting: dict[int, Tensor] = {}
         inputs = []
@@ -371,3 +490,8 @@ class SenriModel(SenriPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=out.last_hidden_state[valid].view_as(embeds), hidden_states=hidden
         )
+
+
+def _without_window(layer: LayerState) -> LayerState:
+    """For what does not follow the window's last token directly."""
+    return layer._replace(keys=layer.keys[:, :, :0], values=layer.values[:, :, :0])

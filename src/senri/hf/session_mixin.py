@@ -88,6 +88,7 @@ class SessionMixin:
         Raises:
             RuntimeError: no session is open.
         """
+        self.model.catch_up(self._open_session())
         state = self._open_session().detach()
         state.offset = state.columns
         return state
@@ -99,6 +100,7 @@ class SessionMixin:
             ValueError: the state's shapes are not this model's. Another dtype or device is converted.
         """
         session = state.fork()
+        self.model.catch_up(session)
         if session.state is not None:
             empty = self.model.empty_state(session.state.position.shape[0], self.dtype)
             theirs = session.named_tensors()
@@ -151,7 +153,7 @@ class SessionMixin:
                 if self.session is None:
                     self.reset_memory(piece.shape[0])
                 assert self.session is not None
-                self.model(piece.to(self.device), past_key_values=self.session)
+                self.model.read(piece.to(self.device), self.session)
                 tokens += piece.shape[1]
                 now = ReadProgress(tokens, total, time.perf_counter() - started, self.session.nbytes)
                 if report is not None:
@@ -174,6 +176,7 @@ class SessionMixin:
             RuntimeError: no session is open.
             MemoryFileError: the file cannot be written; nothing is left behind.
         """
+        self.model.catch_up(self._open_session())
         memory_file.save(path, self._open_session(), {**notes, **self._header(tokenizer)})
 
     def load_memory(self, path: str | Path, tokenizer: Any = None) -> dict[str, Any]:

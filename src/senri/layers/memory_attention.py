@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senri.layers.context_attention import ContextAttention
-from senri.memory import MemoryState, feature_dim, read, scan
+from senri.memory import MemoryState, SlotParameters, feature_dim, read, scan
 from senri.memory.rules import RULES
 
 WRITE_GATE_WIDTH = 64  # hidden units
@@ -21,6 +21,7 @@ STRETCH = (-0.1, 1.1)  # of the write gate's sigmoid, before it is cut to [0, 1]
 SHORTEST = 0.01  # a read shorter than this counts as that long
 MATCH = 24.0  # how much a read of length 1 from an almost empty memory opens the read gate at first, as a logit
 STRAY = 4  # queries that ask for nothing, beside each: itself with its features rolled round
+NOTHING = 10.0  # the logit of finding nothing at first
 CLOSED = -2.0  # the read gate's logit at first where nothing matches
 
 
@@ -115,12 +116,71 @@ class ReadGate(nn.Module):
         return (gate * square.rsqrt())[..., None] * read
 
 
+class ReadScale(nn.Module):
+    """How loud the reads of rule ``slot`` are: they fade by themselves where nothing is found."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(num_heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start value: silent."""
+        nn.init.zeros_(self.scale)
+
+    def forward(self, read: Tensor) -> Tensor:
+        """``[B, T, H, D]``, at least float32."""
+        return _full(self.scale)[:, None] * _full(read)
+
+
+class SlotGate(nn.Module):
+    """What rule ``slot`` learns beside keys and values (:class:`senri.memory.SlotParameters`).
+
+    And each query's logit of finding nothing: a token that asks for nothing can be told from its hidden state.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_memories: int) -> None:
+        super().__init__()
+        self.null_proj = nn.Linear(hidden_size, num_heads)
+        self.log_sharpness = nn.Parameter(torch.empty(num_memories))
+        self.same_at = nn.Parameter(torch.empty(num_memories))
+        self.log_slope = nn.Parameter(torch.empty(num_memories))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start values."""
+        start = SlotParameters.default(len(self.same_at), torch.float32, self.same_at.device)
+        self.log_sharpness.copy_(start.sharpness.log())
+        self.same_at.copy_(start.same_at)
+        self.log_slope.copy_(start.slope.log())
+        nn.init.zeros_(self.null_proj.weight)
+        nn.init.constant_(self.null_proj.bias, NOTHING)
+
+    def parameters_of_rule(self) -> SlotParameters:
+        """For :func:`senri.memory.scan`."""
+        return SlotParameters(_full(self.log_sharpness).exp(), _full(self.same_at), _full(self.log_slope).exp())
+
+    def null(self, hidden: Tensor) -> Tensor:
+        """``[..., hidden]`` -> ``[..., H]``, at least float32."""
+        return _full(self.null_proj(hidden))
+
+
 class MemoryStream(NamedTuple):
     """What one piece brings to every memory layer, aligned with ``[recent | new]`` tokens."""
 
     valid: Tensor  # [B, W + K - 1 + T] bool; False: before the text, or padding
     ids: Tensor | None  # [B, W + K - 1 + T]; only the head read-out needs them
     surprise: Tensor | None  # [B, W + K - 1 + T] nats; only the surprise write gate needs it
+
+
+class Leaving(NamedTuple):
+    """The pairs that leave the window during one piece."""
+
+    k: Tensor  # [B, T, H * D]
+    v: Tensor  # [B, T, H * D]
+    beta: Tensor | None  # [B, T, H]
+    log_alpha: Tensor | None  # [B, T, H]
+    valid: Tensor  # [B, T] bool
 
 
 class MemoryLayerState(NamedTuple):
@@ -145,7 +205,7 @@ class MemoryAttention(nn.Module):
         hidden_size: width of the layer's input.
         num_heads, num_key_value_heads, head_dim: query heads, memories, width of both keys and values.
         window: W, in tokens.
-        rule, feature_map, chunk_size, segment_size: see :func:`senri.memory.scan`.
+        rule, feature_map, chunk_size, segment_size, num_slots: see :func:`senri.memory.scan`.
         conv_size: taps of a causal depthwise convolution on q, k and v; 0 for none (Gated DeltaNet, section 3.3).
         context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none
             (:class:`ContextAttention`). A key is made of the tokens before its pair, a query of the last ones.
@@ -171,6 +231,7 @@ class MemoryAttention(nn.Module):
         feature_map: str | None = None,
         chunk_size: int = 64,
         segment_size: int = 2048,
+        num_slots: int = 64,
         conv_size: int = 0,
         context_size: int = 0,
         context_heads: int = 1,
@@ -183,7 +244,7 @@ class MemoryAttention(nn.Module):
         self.taps = taps_of(conv_size, context_size)
         self.rule, self.selective, self.readout = rule, write_gate != "none", readout
         self.feature_map = feature_map or RULES[rule].feature_map
-        self.chunk_size, self.segment_size = chunk_size, segment_size
+        self.chunk_size, self.segment_size, self.num_slots = chunk_size, segment_size, num_slots
         query_size, key_size = num_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, query_size)
         self.k_proj = nn.Linear(hidden_size, key_size)
@@ -201,8 +262,10 @@ class MemoryAttention(nn.Module):
             self.write_gate = WriteGate(hidden_size, num_key_value_heads, surprise=write_gate == "surprise")
         if rule == "gated_delta":
             self.forget_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
+        if rule == "slot":
+            self.slot_gate = SlotGate(hidden_size, num_heads, num_key_value_heads)
         if readout == "head":
-            self.read_gate = ReadGate(hidden_size, num_heads)
+            self.read_gate = ReadScale(num_heads) if rule == "slot" else ReadGate(hidden_size, num_heads)
         if readout == "mix":
             self.mix_gate = nn.Parameter(torch.empty(num_heads))
         self.reset_parameters()
@@ -238,6 +301,8 @@ class MemoryAttention(nn.Module):
             # the transpose of v_proj: what was put in as an embedding comes out as one
             self.o_proj.weight.copy_(self.for_query_heads(self.v_proj.weight).T / self._groups)
             self.read_gate.reset_parameters()
+        if self.rule == "slot":
+            self.slot_gate.reset_parameters()
         if self.selective:
             self.write_gate.reset_parameters()
         if self.rule == "gated_delta":
@@ -260,7 +325,7 @@ class MemoryAttention(nn.Module):
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         memory = MemoryState.zeros(
             batch_size, self.num_key_value_heads, self.head_dim, width,
-            rule=self.rule, dtype=state_dtype, device=device,
+            rule=self.rule, num_slots=self.num_slots, dtype=state_dtype, device=device,
         )  # fmt: skip
         slots = self.window + self.taps - 1
         recent = torch.zeros(batch_size, slots, self.q_proj.in_features, dtype=dtype, device=device)
@@ -280,25 +345,50 @@ class MemoryAttention(nn.Module):
         Returns:
             what to add: ``[B, T, hidden]`` (``mix``: the read itself, ``[B, T, H, D]``), and the new state.
         """
-        steps, taps = hidden.shape[1], self.taps
+        steps = hidden.shape[1]
         inputs = torch.cat([state.recent, hidden], dim=1)
-        past = slice(0, steps + taps - 1)  # of what leaves, and before
-        part = slice(taps - 1, past.stop)
-        leaving, there = inputs[:, part], stream.valid[:, part]
-        beta = self._write_strength(inputs, stream, steps)
+        past = steps + self.taps - 1
+        pairs = self._leaving(inputs, stream, steps, embedding)
         out, memory = self.write_and_read(
-            self._over("q", inputs[:, -past.stop :], stream.valid[:, -past.stop :]),
-            self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0),
-            self._values(inputs[:, past], stream, embedding),
-            state.memory,
-            beta=beta,
-            log_alpha=self._log_forget(leaving),
-            mask=there,
-        )
+            self._over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, state.memory,
+            beta=pairs.beta, log_alpha=pairs.log_alpha, mask=pairs.valid, null=self._null(hidden),
+        )  # fmt: skip
         new_state = MemoryLayerState(memory, inputs[:, steps:])
         if self.readout == "mix":
             return out.to(hidden.dtype), new_state
         return self.read_out(hidden, out), new_state
+
+    def write(
+        self, hidden: Tensor, stream: MemoryStream, state: MemoryLayerState, embedding: Tensor | None = None
+    ) -> MemoryLayerState:
+        """The new state of :meth:`forward`, without reading: arguments as there."""
+        steps = hidden.shape[1]
+        inputs = torch.cat([state.recent, hidden], dim=1)
+        pairs = self._leaving(inputs, stream, steps, embedding)
+        count = pairs.valid.sum(1)
+        if pairs.beta is not None and pairs.log_alpha is None and not RULES[self.rule].segmented:
+            # what is not written changes nothing but the count
+            some = ((pairs.beta > 0).any(-1) & pairs.valid).any(0).nonzero()[:, 0]
+            pairs = Leaving(*(None if x is None else x[:, some] for x in pairs))  # type: ignore[arg-type]
+        _, memory = self.write_and_read(
+            pairs.k.new_zeros(*pairs.k.shape[:2], self.num_heads * self.head_dim), pairs.k, pairs.v, state.memory,
+            beta=pairs.beta, log_alpha=pairs.log_alpha, mask=pairs.valid,
+        )  # fmt: skip
+        memory = memory._replace(written=state.memory.written + count)
+        return MemoryLayerState(memory, inputs[:, steps:])
+
+    def _leaving(self, inputs: Tensor, stream: MemoryStream, steps: int, embedding: Tensor | None) -> Leaving:
+        """What leaves the window while the last ``steps`` of ``inputs`` ``[B, W + K - 1 + T, hidden]`` come in."""
+        past = slice(0, steps + self.taps - 1)  # of what leaves, and before
+        part = slice(self.taps - 1, past.stop)
+        beta = self._write_strength(inputs, stream, steps)
+        return Leaving(
+            self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0),
+            self._values(inputs[:, past], stream, embedding),
+            beta,
+            self._log_forget(inputs[:, part]),
+            stream.valid[:, part],
+        )
 
     def write_and_read(
         self,
@@ -310,26 +400,38 @@ class MemoryAttention(nn.Module):
         beta: Tensor | None = None,
         log_alpha: Tensor | None = None,
         mask: Tensor | None = None,
+        null: Tensor | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """:func:`senri.memory.scan` of keys, queries and values ``[B, T, H * D]``, for :meth:`read_out`.
 
         Returns:
-            reads ``[B, T, H, D]``, for the ``head`` read-out ``[B, T, H * (1 + STRAY), D]``: each head's own and the
+            reads ``[B, T, H, D]``, for the :class:`ReadGate` ``[B, T, H * (1 + STRAY), D]``: each head's own and the
             stray ones behind it; and the new state.
         """
         k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
         return scan(
             self._with_strays(q), k, v, state, rule=self.rule, feature_map=self.feature_map,
-            chunk_size=self.chunk_size, segment_size=self.segment_size, beta=beta, log_alpha=log_alpha, mask=mask,
+            chunk_size=self.chunk_size, segment_size=self.segment_size, num_slots=self.num_slots, slot=self._slot,
+            beta=beta, log_alpha=log_alpha, mask=mask, null=null,
         )  # fmt: skip
 
-    def read_all(self, q: Tensor, state: MemoryState) -> Tensor:
-        """The reads of :meth:`write_and_read` where nothing more is written."""
-        return read(self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map)
+    def read_all(self, q: Tensor, hidden: Tensor, state: MemoryState) -> Tensor:
+        """The reads of :meth:`write_and_read` at the inputs ``hidden``, where nothing more is written."""
+        return read(
+            self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map, slot=self._slot,
+            null=self._null(hidden),
+        )  # fmt: skip
+
+    @property
+    def _slot(self) -> SlotParameters | None:
+        return self.slot_gate.parameters_of_rule() if self.rule == "slot" else None
+
+    def _null(self, hidden: Tensor) -> Tensor | None:
+        return self.slot_gate.null(hidden) if self.rule == "slot" else None
 
     def _with_strays(self, q: Tensor) -> Tensor:
         q = q.unflatten(-1, (-1, self.head_dim))
-        if self.readout != "head":
+        if self.readout != "head" or self.rule == "slot":
             return q
         strays = [q.roll(self.head_dim * i // (STRAY + 1), -1) for i in range(STRAY + 1)]
         return torch.stack(strays, -2).flatten(-3, -2)
@@ -366,7 +468,9 @@ class MemoryAttention(nn.Module):
 
     def read_out(self, hidden: Tensor, read: Tensor) -> Tensor:
         """What the reads of :meth:`write_and_read` at the inputs ``hidden`` add: ``[B, T, hidden]``."""
-        if self.readout == "head":
+        if self.readout == "head" and self.rule == "slot":
+            read = self.read_gate(read)
+        elif self.readout == "head":
             found, *strays = read.unflatten(-2, (self.num_heads, 1 + STRAY)).unbind(-2)
             stray = sum(_full(s).square().sum(-1) for s in strays) / STRAY
             read = self.read_gate(hidden, found, stray)

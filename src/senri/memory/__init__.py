@@ -6,7 +6,7 @@ Shapes, everywhere in this package: ``B`` batch, ``T`` tokens, ``H`` heads, ``G`
 
 from senri.memory import reference
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
-from senri.memory.rules import RULES
+from senri.memory.rules import RULES, SlotParameters
 from senri.memory.scan import delay_line, read, scan
 from senri.memory.state import MemoryState, Pending
 
@@ -15,6 +15,7 @@ __all__ = [
     "RULES",
     "MemoryState",
     "Pending",
+    "SlotParameters",
     "delay_line",
     "feature_dim",
     "read",

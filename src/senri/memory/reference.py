@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
-from senri.memory.rules import RULES
-from senri.memory.state import MemoryState, Pending, map_tensors
+from senri.memory.rules import RULES, SlotParameters
+from senri.memory.state import MemoryState, Pending, Slots, map_tensors
 
 
 def scan(
@@ -31,6 +31,9 @@ def scan(
     cu_seqlens: Tensor | None = None,
     feature_map: str | None = None,
     eps: float = 1e-6,
+    num_slots: int = 64,
+    slot: SlotParameters | None = None,
+    null: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Same call, same result as :func:`senri.memory.scan`, in float64; ``chunk_size`` is ignored."""
     name = feature_map or RULES[rule].feature_map
@@ -49,13 +52,18 @@ def scan(
         spans = [(0, a, b) for a, b in pairwise(ends)]
     if state is None:
         width = feature_dim(name, key_dim)
-        state = MemoryState.zeros(len(spans), heads, v.shape[-1], width, rule=rule, dtype=torch.float64)
+        state = MemoryState.zeros(
+            len(spans), heads, v.shape[-1], width, rule=rule, num_slots=num_slots, dtype=torch.float64
+        )
+    slot = slot or SlotParameters.default(heads, torch.float64, q.device)
+    null = torch.zeros(q.shape[:3], dtype=torch.float64) if null is None else null.double()
     outputs, states = [], []
     for document, (row, start, stop) in enumerate(spans):
         part = Pending(*(x[row, start:stop] for x in stream))  # type: ignore[index]
         out, after = _scan_row(
-            q[row, start:stop].double(), part, _row(state, document), rule, delay, segment_size, name, eps
-        )
+            q[row, start:stop].double(), part, _row(state, document), rule, delay, segment_size, name, eps,
+            slot, null[row, start:stop],
+        )  # fmt: skip
         outputs.append(out)
         states.append(after)
     out = torch.cat(outputs)[None] if cu_seqlens is not None else torch.stack(outputs)
@@ -78,7 +86,10 @@ def _stack(states: list[MemoryState], delay: int, has_gates: tuple[bool, bool]) 
         lines[2] = lines[2] if has_gates[0] else None
         lines[3] = lines[3] if has_gates[1] else None
         pending = Pending(*lines)  # type: ignore[arg-type]
-    return MemoryState(M, z, M_segment, z_segment, written, pending)  # type: ignore[arg-type]
+    slots = None
+    if states[0].slots is not None:
+        slots = Slots(*(torch.stack(parts) for parts in zip(*(s.slots for s in states), strict=True)))  # type: ignore[misc]
+    return MemoryState(M, z, M_segment, z_segment, written, pending, slots)  # type: ignore[arg-type]
 
 
 def _scan_row(
@@ -90,13 +101,15 @@ def _scan_row(
     segment_size: int,
     feature_map: str,
     eps: float,
+    slot: SlotParameters,
+    null: Tensor,
 ) -> tuple[Tensor, MemoryState]:
     """One document: ``q`` [T, Hq, Dk], the stream's tensors [T, ...], the state without its batch dimension."""
     sigma = FEATURE_MAPS[feature_map]
     heads = stream.k.shape[1]
     group = q.shape[1] // heads
     queue = _unqueue(state.pending, stream, delay)
-    memories = [_Memory(state, h, rule, eps) for h in range(heads)]
+    memories = [_Memory(state, h, rule, eps, slot) for h in range(heads)]
     written = int(state.written)
     outputs = []
     for t in range(q.shape[0]):
@@ -108,7 +121,7 @@ def _scan_row(
                     memory.begin_segment()
                 memory.write(sigma(k[h]), v[h], beta[h], log_alpha[h].exp())
         written += int(valid)
-        outputs.append(torch.stack([memories[h // group].read(sigma(q[t, h])) for h in range(q.shape[1])]))
+        outputs.append(torch.stack([memories[h // group].read(sigma(q[t, h]), null[t, h]) for h in range(q.shape[1])]))
     out = torch.stack(outputs) if outputs else q.new_zeros(0, q.shape[1], stream.v.shape[-1])
     pending = Pending(*(torch.stack([item[i] for item in queue]) for i in range(5))) if delay else None
     return out, _Memory.join(memories, torch.tensor(written), pending)
@@ -140,8 +153,11 @@ def _unqueue(pending: Pending | None, stream: Pending, delay: int) -> list[list[
 class _Memory:
     """One head's memory as plain vectors and matrices."""
 
-    def __init__(self, state: MemoryState, head: int, rule: str, eps: float) -> None:
+    def __init__(self, state: MemoryState, head: int, rule: str, eps: float, slot: SlotParameters) -> None:
         self.rule, self.eps = rule, eps
+        self.sharpness, self.same_at, self.slope = (x[head].double() for x in slot)
+        self.K = None if state.slots is None else state.slots.K[head].double()
+        self.strength = None if state.slots is None else state.slots.strength[head].double()
         self.M = state.M[head].double()
         self.z = None if state.z is None else state.z[head].double()
         self.M_segment = None if state.M_segment is None else state.M_segment[head].double()
@@ -156,6 +172,9 @@ class _Memory:
             self.M_segment, self.z_segment = self.M, self.z
 
     def write(self, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor) -> None:
+        if self.K is not None:
+            self._write_slot(self._unit(k), v, beta)
+            return
         if self.rule in ("delta_token", "gated_delta"):
             k = self._unit(k)
             kept = alpha * self.M
@@ -169,7 +188,29 @@ class _Memory:
         self.M = alpha * self.M + beta * torch.outer(v, k)
         self.z = alpha * self.z + beta * k
 
-    def read(self, q: Tensor) -> Tensor:
+    def _write_slot(self, k: Tensor, v: Tensor, beta: Tensor) -> None:
+        assert self.K is not None
+        assert self.strength is not None
+        if beta <= 0:
+            return
+        left = [
+            s * (1 - beta * torch.sigmoid(self.slope * (torch.dot(k, other) - self.same_at)))
+            for s, other in zip(self.strength, self.K, strict=True)
+        ]
+        place = min(range(len(left)), key=lambda n: float(left[n].detach()))  # the first of the weakest
+        keys, values = list(self.K), list(self.M.T)
+        for slots, new in ((left, beta), (keys, k), (values, v)):
+            del slots[place]
+            slots.append(new)
+        self.strength, self.K, self.M = torch.stack(left), torch.stack(keys), torch.stack(values, 1)
+
+    def read(self, q: Tensor, null: Tensor) -> Tensor:
+        if self.K is not None:
+            assert self.strength is not None
+            there = (self.strength > 0).nonzero()[:, 0]
+            logits = self.sharpness * self.K[there] @ self._unit(q) + self.strength[there].log()
+            share = torch.cat([logits, null[None]]).softmax(0)[:-1]
+            return self.M[:, there] @ share
         if self.z is None:
             return self.M @ self._unit(q)
         return self.M @ q / (self.z @ q).clamp(min=self.eps)
@@ -181,4 +222,5 @@ class _Memory:
             return None if parts[0] is None else torch.stack(parts)
 
         M, z = stack("M"), stack("z")
-        return MemoryState(M, z, stack("M_segment"), stack("z_segment"), written, pending)  # type: ignore[arg-type]
+        slots = None if memories[0].K is None else Slots(stack("K"), stack("strength"))  # type: ignore[arg-type]
+        return MemoryState(M, z, stack("M_segment"), stack("z_segment"), written, pending, slots)  # type: ignore[arg-type]

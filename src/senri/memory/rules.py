@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from senri.memory.state import Slots
+
 
 class Chunk(NamedTuple):
     """One chunk, heads first, feature maps applied, padding gated out (beta = 0, log_alpha = 0)."""
@@ -34,7 +36,21 @@ RULES: dict[str, Rule] = {
     "delta": Rule(normalised=True, segmented=True, forgets=True, feature_map="elu_plus_one"),
     "delta_token": Rule(normalised=False, segmented=False, forgets=False, feature_map="identity"),
     "gated_delta": Rule(normalised=False, segmented=False, forgets=True, feature_map="identity"),
+    "slot": Rule(normalised=False, segmented=False, forgets=False, feature_map="identity"),
 }
+
+
+class SlotParameters(NamedTuple):
+    """What rule ``slot`` has to learn; see :func:`slot_chunk`."""
+
+    sharpness: Tensor  # [H]: logit of a slot whose key is the query
+    same_at: Tensor  # [H]: cosine of two keys at which the later pair halves the earlier one's strength
+    slope: Tensor  # [H]: how fast around it
+
+    @classmethod
+    def default(cls, num_heads: int, dtype: torch.dtype, device: torch.device) -> "SlotParameters":
+        """What a scan without any takes."""
+        return cls(*(torch.full((num_heads,), x, dtype=dtype, device=device) for x in (16.0, 0.9, 40.0)))
 
 
 class _Decay(NamedTuple):
@@ -123,3 +139,84 @@ def delta_chunk(M: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     out = q_start @ M[:, :, None].mT + scores @ corrected[:, :, None]
     M = _scale(M, _rows(_rows(decay.total))) + corrected.mT @ _scale(k, _rows(decay.end))
     return out, M
+
+
+def slot_chunk(
+    M: Tensor, slots: Slots, chunk: Chunk, null: Tensor, parameters: SlotParameters
+) -> tuple[Tensor, Tensor, Slots]:
+    """``slot``: a fixed number of pairs as they are, read by softmax: attention with bounded memory (Peng et al. 2022,
+    ABC, arXiv:2110.02488), as a modern Hopfield network (Ramsauer et al. 2021, arXiv:2008.02217).
+
+    A pair ``k, v`` of strength ``beta > 0`` weakens each slot by ``1 - beta sigmoid(slope (k' K_n - same_at))``: what
+    is written under the same key again replaces what was, as the delta rule erases. The weakest slot is then given
+    up, the oldest of several (an empty one while there is any), and the pair goes behind the others. A read is
+    ``sum_n p_n M_n`` with ``p`` the softmax of ``sharpness q' K_n + log strength_n`` beside ``null``, the logit of
+    finding nothing.
+
+    Args:
+        null: ``[B, H, G, C]``.
+
+    Returns:
+        output ``[B, H, G, C, Dv]``, the new ``M`` and slots.
+    """
+    _, k, v, beta, _ = chunk
+    num_slots, steps = M.shape[-1], k.shape[-2]
+    keys = torch.cat([slots.K, k], -2)  # what was there, and what comes
+    values = torch.cat([M.mT, v], -2)
+    same = (parameters.slope[:, None, None] * (k @ keys.mT - parameters.same_at[:, None, None])).sigmoid()
+    # factor of pair n's strength at step t: weakened by later ones, set at its own
+    erased = 1 - beta[..., None] * same
+    new = torch.where(
+        torch.ones(steps, steps, dtype=torch.bool, device=k.device).tril(-1), erased[..., num_slots:], 1.0
+    ) * (1 + torch.diag_embed(beta - 1))
+    start = torch.cat([slots.strength, torch.ones_like(beta)], -1)
+    strength = start[..., None, :] * torch.cat([erased[..., :num_slots], new], -1).cumprod(-2)  # [B, H, C, N + C]
+    held, who = _allocate(strength.detach(), beta.detach() > 0, num_slots)
+    strength_held = strength * held
+    out = _slot_read(chunk.q, null, keys, values, strength_held, parameters.sharpness)
+    last = strength_held[..., -1, :].gather(-1, who)
+    rows = who[..., None]
+    K = keys.gather(-2, rows.expand(*who.shape, keys.shape[-1]))
+    return out, values.gather(-2, rows.expand(*who.shape, values.shape[-1])).mT, Slots(K, last)
+
+
+def _allocate(strength: Tensor, writes: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Which pairs hold a slot at each step.
+
+    Args:
+        strength: ``[B, H, C, N + C]``, what each pair's would be; writes: ``[B, H, C]`` bool.
+
+    Returns:
+        held ``[B, H, C, N + C]`` bool, and at the end the pair in each slot ``[B, H, N]``, the oldest first.
+    """
+    who = torch.arange(num_slots, device=strength.device).expand(*writes.shape[:2], -1)
+    held = torch.zeros_like(strength, dtype=torch.bool)
+    current = torch.zeros_like(held[..., 0, :]).scatter(-1, who, True)
+    places = torch.arange(num_slots, device=strength.device)
+    some = writes.flatten(0, 1).any(0).tolist()
+    for t in range(writes.shape[-1]):
+        if some[t]:
+            now = strength[..., t, :].gather(-1, who)
+            weakest = (now == now.amin(-1, keepdim=True)).int().argmax(-1, keepdim=True)  # the first of several
+            moved = who.gather(-1, (places + (places >= weakest)).clamp(max=num_slots - 1))
+            moved[..., -1] = num_slots + t
+            who = torch.where(writes[..., t, None], moved, who)
+            current = torch.zeros_like(current).scatter(-1, who, True)
+        held[..., t, :] = current
+    return held, who
+
+
+def slot_read_only(M: Tensor, slots: Slots, q: Tensor, null: Tensor, sharpness: Tensor) -> Tensor:
+    """The output of a chunk in which nothing is written: ``[B, H, G, C, Dv]``."""
+    return _slot_read(q, null, slots.K, M.mT, slots.strength[..., None, :], sharpness)
+
+
+def _slot_read(q: Tensor, null: Tensor, keys: Tensor, values: Tensor, strength: Tensor, sharpness: Tensor) -> Tensor:
+    """``q`` ``[B, H, G, C, F]``, keys and values ``[B, H, n, F or Dv]``, strength ``[B, H, C or 1, n]``."""
+    scores = sharpness[:, None, None, None] * (q @ keys[:, :, None].mT)
+    held = strength[:, :, None] > 0
+    top = torch.maximum(scores.detach().masked_fill(~held, -torch.inf).amax(-1), null.detach())[..., None]
+    # no log of a strength: its gradient at 0 is no number
+    weight = torch.where(held, strength[:, :, None] * (scores - top).clamp(max=0).exp(), 0.0)
+    nothing = (null[..., None] - top).exp()
+    return weight @ values[:, :, None] / (weight.sum(-1, keepdim=True) + nothing)

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
-from senri.memory.rules import RULES, Chunk, additive_chunk, delta_chunk, read_only
+from senri.memory.rules import (
+    RULES,
+    Chunk,
+    SlotParameters,
+    additive_chunk,
+    delta_chunk,
+    read_only,
+    slot_chunk,
+    slot_read_only,
+)
 from senri.memory.state import MemoryState, Pending
 
 
@@ -37,6 +46,9 @@ def scan(
     cu_seqlens: Tensor | None = None,
     feature_map: str | None = None,
     eps: float = 1e-6,
+    num_slots: int = 64,
+    slot: SlotParameters | None = None,
+    null: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Causal linear attention over the delayed stream: step ``t`` writes pair ``t - delay``, then reads with ``q_t``.
 
@@ -45,7 +57,7 @@ def scan(
         k: keys ``[B, T, H, Dk]``, no position encoding.
         v: values ``[B, T, H, Dv]``.
         state: what an earlier call returned; None starts empty.
-        rule: ``linear``, ``delta``, ``delta_token`` or ``gated_delta`` (see ``rules.py``).
+        rule: ``linear``, ``delta``, ``delta_token``, ``gated_delta`` or ``slot`` (see ``rules.py``).
         delay: the window W; 0 writes each pair before its own query reads.
         chunk_size: tokens handled at once. A speed knob: results agree to rounding.
         segment_size: pairs between two refreshes of the ``delta`` rule's correction, from the start of the text.
@@ -56,6 +68,8 @@ def scan(
             memory (``state``, if given, has N rows) and the returned state has N rows.
         feature_map: name from ``FEATURE_MAPS``; None takes the rule's own.
         eps: lower bound of the normaliser.
+        num_slots: N of rule ``slot``, for a state that starts empty; slot: its parameters, None takes defaults.
+        null: ``[B, T, Hq]``, for rule ``slot``: each query's logit of finding nothing; None: 0.
 
     Returns:
         output ``[B, T, Hq, Dv]`` in ``v``'s dtype, and the new state. An empty memory reads as exact zeros.
@@ -76,36 +90,65 @@ def scan(
     if cu_seqlens is not None:  # one row a document, right-padded; packed again below
         index, documents = unpack_index(cu_seqlens)
         q, k, v = q[0][index], k[0][index], v[0][index]
-        beta, log_alpha, mask = (None if x is None else x[0][index] for x in (beta, log_alpha, mask))
+        beta, log_alpha, mask, null = (None if x is None else x[0][index] for x in (beta, log_alpha, mask, null))
         mask = documents if mask is None else mask.bool() & documents
     batch_size, steps, num_heads, key_dim = k.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state is None:
         width = feature_dim(feature_map or RULES[rule].feature_map, key_dim)
-        state = MemoryState.zeros(batch_size, num_heads, v.shape[-1], width, rule=rule, dtype=dtype, device=q.device)
+        state = MemoryState.zeros(
+            batch_size, num_heads, v.shape[-1], width, rule=rule, num_slots=num_slots, dtype=dtype, device=q.device
+        )
     _check_state(state, rule, delay, batch_size, (beta is not None, log_alpha is not None))
     valid = torch.ones(batch_size, steps, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
     stream, pending = Pending(k, v, beta, log_alpha, valid), None
     if delay:
         stream, pending = _delay(state.pending, stream, delay, documents)
     with torch.autocast(q.device.type, enabled=False):  # it would run the state's arithmetic in half precision
-        out, state = _scan(q, stream, state, dtype=dtype, **options)  # type: ignore[arg-type]
+        out, state = _scan(q, stream, state, dtype=dtype, slot=slot, null=null, **options)  # type: ignore[arg-type]
     if documents is not None:
         out = out[documents][None]
     return out.to(v.dtype), state._replace(pending=pending)
 
 
 def read(
-    q: Tensor, state: MemoryState, *, rule: str = "linear", feature_map: str | None = None, eps: float = 1e-6
+    q: Tensor,
+    state: MemoryState,
+    *,
+    rule: str = "linear",
+    feature_map: str | None = None,
+    eps: float = 1e-6,
+    slot: SlotParameters | None = None,
+    null: Tensor | None = None,
 ) -> Tensor:
     """What the queries ``[B, T, Hq, Dk]`` find in a memory that is not written meanwhile: ``[B, T, Hq, Dv]``.
 
     As :func:`scan` whose every pair is masked, at the cost of the reads alone; the pairs pending in ``state`` stay so.
     """
     sigma = FEATURE_MAPS[feature_map or RULES[rule].feature_map]
-    q = _queries(sigma(q.to(state.M.dtype)), state.M.shape[1], RULES[rule].normalised)
-    out = read_only(state.M, state.z, q, eps)
+    num_heads = state.M.shape[1]
+    nothing = _null(null, q, num_heads, state.M.dtype)
+    q = _queries(sigma(q.to(state.M.dtype)), num_heads, RULES[rule].normalised)
+    out = _read_only(state, q, eps, nothing, _parameters(slot, num_heads, q))
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _read_only(state: MemoryState, q: Tensor, eps: float, null: Tensor, slot: SlotParameters) -> Tensor:
+    if state.slots is not None:
+        return slot_read_only(state.M, state.slots, q, null, slot.sharpness)
+    return read_only(state.M, state.z, q, eps)
+
+
+def _parameters(slot: SlotParameters | None, num_heads: int, like: Tensor) -> SlotParameters:
+    if slot is None:
+        return SlotParameters.default(num_heads, like.dtype, like.device)
+    return SlotParameters(*(x.to(like.dtype) for x in slot))
+
+
+def _null(null: Tensor | None, q: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """Logits ``[B, T, Hq]`` -> ``[B, H, G, T]``; ``q`` ``[B, T, Hq, Dk]``."""
+    null = q.new_zeros(q.shape[:3]) if null is None else null
+    return null.to(dtype).unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1)
 
 
 def _queries(q: Tensor, num_heads: int, normalised: bool) -> Tensor:
@@ -148,7 +191,8 @@ def _check(
 def _check_state(state: MemoryState, rule: str, delay: int, batch_size: int, gates: tuple[bool, bool]) -> None:
     """A state goes on only with the rule, delay, rows and gates that it was made with."""
     kind = RULES[rule]
-    if (state.z is not None) != kind.normalised or (state.M_segment is not None) != kind.segmented:
+    mine = (kind.normalised, kind.segmented, rule == "slot")
+    if mine != (state.z is not None, state.M_segment is not None, state.slots is not None):
         raise ValueError(f"the state was made by another rule than {rule!r}")
     if state.M.shape[0] != batch_size:
         raise ValueError(f"the state has {state.M.shape[0]} row(s), the input {batch_size}")
@@ -194,12 +238,16 @@ def _scan(
     feature_map: str | None,
     eps: float,
     dtype: torch.dtype,
+    slot: SlotParameters | None,
+    null: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:
     """Walk the chunks of one call; all tensors heads first from here on."""
     kind = RULES[rule]
     steps = q.shape[1]
     whole = _prepare(q, stream, kind.normalised, feature_map or kind.feature_map, dtype)
-    M, z, M_segment, z_segment = state.M, state.z, state.M_segment, state.z_segment
+    M, z, M_segment, z_segment, slots = state.M, state.z, state.M_segment, state.z_segment, state.slots
+    parameters = _parameters(slot, M.shape[1], M)
+    nothing = _null(null, q, M.shape[1], dtype)
     begins = _segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
     outputs = []
     for start, stop, writes in _chunks(whole, sorted({*range(0, steps, chunk_size), *begins, steps}), begins):
@@ -216,7 +264,9 @@ def _scan(
             M_segment = torch.where(rows[..., None], M, M_segment)
             z_segment = torch.where(rows, z, z_segment)
         if not writes:
-            out = read_only(M, z, chunk.q, eps)
+            out = _read_only(state._replace(M=M, z=z, slots=slots), chunk.q, eps, nothing[:, :, :, part], parameters)
+        elif slots is not None:
+            out, M, slots = slot_chunk(M, slots, chunk, nothing[:, :, :, part], parameters)
         elif z is not None:
             out, M, z = additive_chunk(M, z, chunk, M_segment, z_segment, eps)
         else:
@@ -227,7 +277,7 @@ def _scan(
         return q.new_zeros(*q.shape[:3], stream.v.shape[-1]), state._replace(written=written)
     out = torch.cat(outputs, dim=3)  # [B, H, G, T, Dv]
     out = out.permute(0, 3, 1, 2, 4).reshape(q.shape[0], steps, q.shape[2], -1)
-    return out, MemoryState(M, z, M_segment, z_segment, written)
+    return out, MemoryState(M, z, M_segment, z_segment, written, slots=slots)
 
 
 def _chunks(whole: Chunk, cuts: list[int], begins: Container[int]) -> Iterator[tuple[int, int, bool]]:

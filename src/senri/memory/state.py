@@ -60,15 +60,26 @@ class Pending(NamedTuple):
     valid: Tensor  # [B, W] bool; False: an empty slot or padding, never written
 
 
+class Slots(NamedTuple):
+    """Where the columns of ``M`` are the values of single pairs (rule ``slot``): their keys, how strong they are.
+
+    Empty ones stand first, then the oldest.
+    """
+
+    K: Tensor  # [B, H, N, F], of length 1; zeros where the slot is empty
+    strength: Tensor  # [B, H, N] in [0, 1]; 0: empty
+
+
 class MemoryState(NamedTuple):
     """One associative memory per head. float32, or float64 when the inputs are float64."""
 
-    M: Tensor  # [B, H, Dv, F]: sum of v (x) sigma(k); F is the feature map's width
+    M: Tensor  # [B, H, Dv, F]: sum of v (x) sigma(k); F is the feature map's width. Rule slot: [B, H, Dv, N] values
     z: Tensor | None  # [B, H, F]: sum of sigma(k); only for rules that normalise (linear, delta)
     M_segment: Tensor | None  # [B, H, Dv, F]: M when the current segment began; only for delta
     z_segment: Tensor | None  # [B, H, F]: likewise
     written: Tensor  # [B] int64: pairs written so far
     pending: Pending | None = None  # only when scan() itself delays the stream
+    slots: Slots | None = None  # only for rule slot
 
     @classmethod
     def zeros(
@@ -79,10 +90,15 @@ class MemoryState(NamedTuple):
         key_dim: int,
         *,
         rule: str,
+        num_slots: int = 64,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> MemoryState:
-        """An empty memory for ``rule``; ``key_dim`` is the feature map's output width."""
+        """An empty memory for ``rule``; ``key_dim`` is the feature map's output width, ``num_slots`` for rule slot."""
+        if rule == "slot":
+            M = torch.zeros(batch_size, num_heads, value_dim, num_slots, dtype=dtype, device=device)
+            slots = Slots(M.new_zeros(batch_size, num_heads, num_slots, key_dim), M.new_zeros(*M.shape[:2], num_slots))
+            return cls(M, None, None, None, torch.zeros(batch_size, dtype=torch.long, device=device), slots=slots)
         M = torch.zeros(batch_size, num_heads, value_dim, key_dim, dtype=dtype, device=device)
         z = torch.zeros(batch_size, num_heads, key_dim, dtype=dtype, device=device)
         written = torch.zeros(batch_size, dtype=torch.long, device=device)

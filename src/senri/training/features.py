@@ -8,7 +8,7 @@ at will: a step costs no pass through the base, whatever the length.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ class Features:
     ids: Tensor  # [N] int64
     write: Tensor  # [N] int8
     stream: Tensor  # [N] int64
-    final: Tensor  # [N, hidden]
+    final: Tensor  # [M, hidden]: the base's last hidden states where they are known, in order
+    final_at: Tensor  # [N] int64: row of a token's; -1: of a stream with facts, read no further than its memory needs
     surprise: Tensor  # [N] float32, nats; zeros where no write gate asks for it
     hidden: dict[int, Tensor]  # memory layer -> [N, hidden]
     facts: list[list[str]]  # of each page, see Page
@@ -105,6 +106,8 @@ def collect(
         show: called with the tokens done and their number.
     """
     made = [source.stream(index) for index in streams]
+    # read whole: plain text, whose prediction the memory must not disturb; and all where a gate asks for the surprise
+    whole = [model.config.write_gate == "surprise" or not any(page.facts for page in pages) for pages in made]
     flat = [page for pages in made for page in pages]
     asked = [(number, question) for number, page in enumerate(flat) for question in page.questions]
     with memory_left_out(model):
@@ -112,41 +115,62 @@ def collect(
     asked.sort(key=lambda item: _length(item[1]))
     total, done = len(flat) * source.size + sum(_length(q) for _, q in asked), 0
     layers = model.config.memory_layers
-    finals: list[Tensor] = []
-    hidden: dict[int, list[Tensor]] = {i: [] for i in layers}
+    finals: dict[int, Tensor] = {}
+    hidden: dict[int, dict[int, Tensor]] = {i: {} for i in layers}
     answers: list[AskedFeatures] = []
     with memory_left_out(model) as inputs:
-        for start in range(0, len(made), batch):
-            ids = torch.stack([_ids(pages) for pages in made[start : start + batch]]).to(model.device)
-            cache, parts = model.model.new_cache(), []
-            for place in range(0, ids.shape[1], source.size):
-                out = model.model(ids[:, place : place + source.size], past_key_values=cache).last_hidden_state
-                parts.append((out.cpu(), {i: inputs[i].cpu() for i in layers}))
-                done += out.shape[0] * out.shape[1]
-                show(done, total)
-            finals += torch.cat([final for final, _ in parts], 1)
-            for i in layers:
-                hidden[i] += torch.cat([kept[i] for _, kept in parts], 1)
+        for kind in (False, True):
+            numbers = [number for number, entire in enumerate(whole) if entire is kind]
+            for start in range(0, len(numbers), batch):
+                group = numbers[start : start + batch]
+                ids = torch.stack([_ids(made[number]) for number in group]).to(model.device)
+                parts = []
+                with nullcontext() if kind else _up_to(model, max(layers)):
+                    cache = model.model.new_cache()
+                    for piece in ids.split(source.size, 1):
+                        out = model.model(piece, past_key_values=cache).last_hidden_state
+                        parts.append((out.cpu(), {i: inputs[i].cpu() for i in layers}))
+                        done += out.shape[0] * out.shape[1]
+                        show(done, total)
+                if kind:
+                    finals.update(zip(group, torch.cat([final for final, _ in parts], 1), strict=True))
+                for i in layers:
+                    hidden[i].update(zip(group, torch.cat([kept[i] for _, kept in parts], 1), strict=True))
         for start in range(0, len(asked), BATCH):
-            group = asked[start : start + BATCH]
-            answers += _ask(model, group, inputs)
-            done += sum(_length(q) for _, q in group)
+            questions = asked[start : start + BATCH]
+            answers += _ask(model, questions, inputs)
+            done += sum(_length(q) for _, q in questions)
             show(done, total)
     ids = torch.cat([_ids(pages) for pages in made])
-    stream = torch.arange(len(made)).repeat_interleave(source.size * source.pages)
-    final = torch.cat(finals)
+    per_stream = source.size * source.pages
+    stream = torch.arange(len(made)).repeat_interleave(per_stream)
+    known = torch.tensor(whole).repeat_interleave(per_stream)
+    final_at = torch.where(known, known.cumsum(0) - 1, -1)
+    final = torch.cat([finals[number] for number in sorted(finals)] or [torch.zeros(0, model.config.hidden_size)])
     return Features(
         source.size,
         ids,
         torch.cat([torch.from_numpy(page.write) for page in flat]),
         stream,
         final,
+        final_at,
         _surprise(model, final, ids, stream),
-        {i: torch.cat(rows) for i, rows in hidden.items()},
+        {i: torch.cat([rows[number] for number in range(len(made))]) for i, rows in hidden.items()},
         [list(page.facts) for page in flat],
         torch.cat([torch.from_numpy(page.fact_of) for page in flat]),
         answers,
     )
+
+
+@contextmanager
+def _up_to(model: SenriForCausalLM, layer: int) -> Iterator[None]:
+    """The model without the layers behind ``layer``."""
+    layers = model.model.layers
+    model.model.layers = layers[: layer + 1]
+    try:
+        yield
+    finally:
+        model.model.layers = layers
 
 
 def _ids(pages: Sequence[Page]) -> Tensor:

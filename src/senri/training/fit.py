@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from senri.hf.calibrate import set_projections
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.layers import MemoryAttention, WriteGate, taps_of
-from senri.memory import scan
+from senri.memory import MemoryState, feature_dim
 from senri.training.features import AskedFeatures, Features
 from senri.training.settings import FeatureSettings, TrainingError
 
@@ -30,6 +30,7 @@ STATISTICS = 65536  # tokens that the projections are calibrated on
 SCALE = 5.0  # of the read at first: a token that is recalled gains some 5 nats times its embedding's norm
 ANSWERS = 128  # answer tokens of one text at most
 BEGUN_WEIGHT = 0.3  # of an answer's tokens before the value, which the base knows by itself
+ADDRESS_WEIGHT = 1.0  # of finding the slot that holds an answer's token, where there are slots
 UNKNOWN_WEIGHT = 2.0  # of straying from the base where the memory has no answer
 UNKNOWN, UNRELATED = 3, 2  # questions of a text that its memory does not answer: about facts not told, about anything
 
@@ -51,9 +52,9 @@ def check_model(model: SenriForCausalLM) -> None:
             "method features needs a memory with memory_readout head and write_gate hidden or surprise: set them in "
             "config/model.yaml, or method bptt in config/training.yaml"
         )
-    if config.update_rule not in ("linear", "delta_token"):
+    if config.update_rule not in ("linear", "delta_token", "slot"):
         raise TrainingError(
-            f"method features needs update_rule linear or delta_token, not {config.update_rule}: set it in "
+            f"method features needs update_rule linear, delta_token or slot, not {config.update_rule}: set it in "
             "config/model.yaml, or method bptt in config/training.yaml"
         )
 
@@ -185,12 +186,12 @@ class Reading:
         usable[:taps] = False
         usable &= stream[ends.clamp(max=len(stream) - 1)] == stream
         usable[taps:] &= stream[:-taps] == stream[taps:]
-        told = F.pad((features.write != 0).cumsum(0), (1, 0))  # tokens of facts before each
-        usable &= told[ends.clamp(max=len(stream))] == told[:-1]
+        usable &= features.final_at >= 0
         self.silent = usable.nonzero()[:, 0]
         if not len(self.silent):
             raise TrainingError(
-                f"the streams are too short: raise page_size or pages, together they need over {SILENT + taps} tokens"
+                f"the pages hold no {SILENT + taps} tokens of plain text in a row: raise streams (every third one is "
+                "plain), pages or page_size"
             )
 
     def _vocabulary(self) -> tuple[Tensor, Tensor]:
@@ -225,7 +226,7 @@ class Reading:
         for memory in self.model.model.memories.values():
             for name, parameter in memory.named_parameters():
                 if not name.startswith("write_gate."):
-                    quick = name.startswith("read_gate.") or name.endswith(("_conv", "context.bias"))
+                    quick = name.startswith(("read_gate.", "slot_gate.")) or name.endswith(("_conv", "context.bias"))
                     groups["gates" if quick else "rest"].append(parameter)
         return groups
 
@@ -263,6 +264,8 @@ class Reading:
             self.rng = Random(f"{self.seed}/{step}")  # so that going on needs no more than the step
             losses = self.losses([self._text() for _ in range(settings.texts)])
             loss = losses["answers"] + UNKNOWN_WEIGHT * losses["unknown"] + losses["plain text"]
+            if "address" in losses:
+                loss = loss + ADDRESS_WEIGHT * losses["address"]
             if not loss.isfinite():
                 raise TrainingError(f"the loss of step {step + 1} is not finite: lower the learning rates")
             for parameter, grad in zip(
@@ -310,23 +313,26 @@ class Reading:
 
     def losses(self, texts: list[Text]) -> dict[str, Tensor]:
         """In nats a token: ``answers``, their cross entropy; ``unknown``, the divergence from what the base says where
-        nothing answers; ``plain text``, by how much the memory changes its cross entropy.
+        nothing answers; ``plain text``, by how much the memory changes its cross entropy; and of rule ``slot``
+        ``address``: the negative log share that a read gives to the slots which hold the answer's token.
         """
         features = self.features
         finals, targets, weights, kinds = [], [], [], []
         for text in texts:
             rows = torch.arange(text.plain, text.plain + SILENT)
             asked = [*text.asked, *text.unknown]
-            finals.append(torch.cat([*(q.final for q in asked), features.final[rows]]).float())
+            finals.append(torch.cat([*(q.final for q in asked), features.final[features.final_at[rows]]]).float())
             targets.append(torch.cat([*(q.target for q in asked), features.ids[rows + 1]]))
             ones = [torch.ones(len(q.target)).index_fill_(0, torch.arange(q.value_from), BEGUN_WEIGHT) for q in asked]
             weights.append(torch.cat([*ones, torch.ones(SILENT)]))
             sizes = [sum(len(q.target) for q in part) for part in (text.asked, text.unknown)]
             kinds.append(torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([*sizes, SILENT])))
         added = [torch.zeros_like(final) for final in finals]
+        addressed = []
         for index, memory in self.model.model.memories.items():
-            for i, read in enumerate(self._reads(index, memory, texts)):
-                added[i] = added[i] + read
+            reads, shares = self._reads(index, memory, texts)
+            added = [a + read for a, read in zip(added, reads, strict=True)]
+            addressed += [] if shares is None else [self._addressed(index, texts, shares)]
         final, target, kind = torch.cat(finals), self.place[torch.cat(targets)], torch.cat(kinds)
         weight = torch.cat(weights) * (target >= 0)
         with_memory = ((final + torch.cat(added)) @ self.targets.T).log_softmax(-1)
@@ -341,11 +347,35 @@ class Reading:
         def mean(x: Tensor, part: Tensor) -> Tensor:
             return (x * weight[part]).sum() / weight[part].sum().clamp(min=1)
 
-        return {
+        losses = {
             "answers": mean(-score[kind == 0], kind == 0),
             "unknown": strayed / unknown.sum().clamp(min=1),
             "plain text": mean(-gained, plain),
         }
+        if addressed:
+            losses["address"] = torch.stack(addressed).mean()
+        return losses
+
+    def _addressed(self, index: int, texts: list[Text], shares: list[Tensor]) -> Tensor:
+        """Mean negative log of the share of each answer token's own slots; ``shares`` ``[reads, pairs]`` a text."""
+        features, losses = self.features, []
+        for text, share in zip(texts, shares, strict=True):
+            rows = torch.cat([self._left(index, page, facts)[0] for page, facts in text.pages])
+            ids, before, fact = features.ids[rows], features.ids[(rows - 1).clamp(min=0)], features.fact_of[rows]
+            page, first = rows // features.page_size, 0
+            for question in text.asked:
+                own = (page == question.page) & (fact == question.fact)
+                if question.fact >= 0 and own.any():
+                    target, start = question.target, question.value_from
+                    # a value's first token follows on whatever words the fact and the answer begin with
+                    follows = (before == target[:-1, None])[start:]
+                    holds = own & (ids == target[start:, None])
+                    holds[1:] &= follows
+                    asked = holds.any(1)
+                    found = (share[first + start : first + len(target)] * holds).sum(1)
+                    losses.append(-found[asked].clamp(min=1e-6).log())
+                first += len(question.target)
+        return torch.cat(losses).mean() if losses and sum(map(len, losses)) else shares[0].sum() * 0
 
     def _left(self, index: int, page: int, facts: frozenset[int]) -> tuple[Tensor, Tensor]:
         """A page's written tokens and their strength without those of facts that are left out."""
@@ -354,8 +384,12 @@ class Reading:
         kept = (fact < 0) | torch.isin(fact, torch.tensor(sorted(facts), dtype=fact.dtype))
         return rows[kept], strength[kept]
 
-    def _reads(self, index: int, memory: MemoryAttention, texts: list[Text]) -> list[Tensor]:
-        """What the memory adds at each text's answer tokens and plain tokens: ``[n, hidden]`` a text."""
+    def _reads(
+        self, index: int, memory: MemoryAttention, texts: list[Text]
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """What the memory adds at each text's answer tokens and plain tokens, ``[n, hidden]`` a text; and of rule
+        ``slot`` the share that each read has of each pair, ``[n, pairs]`` a text.
+        """
         features, hidden, taps = self.features, self.features.hidden[index], memory.taps
         pairs: list[list[Tensor]] = []
         asking: list[Tensor] = []  # inputs of all questions, with those before them
@@ -383,7 +417,7 @@ class Reading:
         needed, places = key_rows.unique(return_inverse=True)
         counts = [len(rows) for rows, _ in pairs]
         keys = memory.address("k", hidden[needed].float(), places, inside).split(counts)
-        most, reads = max(counts), max(sizes)
+        most, reads = max(*counts, 1), max(sizes)
         beta = torch.zeros(len(texts), most, memory.num_key_value_heads)
         mask = torch.zeros(len(texts), most, dtype=torch.bool)
         q_rows, k_rows, v_rows = [], [], []
@@ -393,14 +427,27 @@ class Reading:
             v_rows.append(F.pad(memory.embedded(features.ids[rows], self.embedding), behind))
             q_rows.append(F.pad(queries[i], (0, 0, 0, reads - sizes[i])))
             beta[i, : len(rows)], mask[i, : len(rows)] = strength, True
-        k, v = (torch.stack(x).unflatten(-1, (-1, memory.head_dim)) for x in (k_rows, v_rows))
-        _, state = scan(
-            torch.zeros_like(k), k, v, rule=memory.rule, feature_map=memory.feature_map, beta=beta, mask=mask,
-            chunk_size=memory.chunk_size, segment_size=memory.segment_size,
+        k_all = torch.stack(k_rows)
+        # as many slots as pairs: none is given up
+        empty = MemoryState.zeros(
+            len(texts), memory.num_key_value_heads, memory.head_dim, feature_dim(memory.feature_map, memory.head_dim),
+            rule=memory.rule, num_slots=most,
         )  # fmt: skip
-        out = memory.read_all(torch.stack(q_rows), state)
-        made = []
-        for i, size in enumerate(sizes):
-            now = inputs[windows[i][:, 0]]
-            made.append(memory.read_out(now[None], out[i : i + 1, :size])[0])
-        return made
+        _, state = memory.write_and_read(
+            torch.zeros_like(k_all), k_all, torch.stack(v_rows), empty, beta=beta, mask=mask
+        )
+        q_all = torch.stack(q_rows)
+        now = torch.zeros(len(texts), reads, inputs.shape[1])
+        for i, (size, window) in enumerate(zip(sizes, windows, strict=True)):
+            now[i, :size] = inputs[window[:, 0]]
+        out = memory.read_out(now, memory.read_all(q_all, now, state))
+        added = [out[i, :size] for i, size in enumerate(sizes)]
+        if state.slots is None:
+            return added, None
+        numbers = torch.eye(most).expand(*state.M.shape[:2], most, most)
+        share = memory.read_all(q_all, now, state._replace(M=numbers))  # [texts, reads, heads, slots]
+        written = ((beta > 0) & mask[..., None]).transpose(1, 2)  # [texts, memories, pairs]
+        slot = most - written.sum(-1, keepdim=True) + written.cumsum(-1) - 1  # what was written last stands last
+        slot = slot.clamp(min=0).repeat_interleave(memory.num_heads // memory.num_key_value_heads, 1)
+        share = share.gather(-1, slot[:, None].expand(*share.shape[:3], -1)).mean(2)
+        return added, [share[i, :size, : counts[i]] for i, size in enumerate(sizes)]

@@ -1,0 +1,111 @@
+"""Rule slot: a pair a slot, the weakest gives way, what is written under the same key again replaces what was."""
+
+import math
+
+import pytest
+import torch
+
+from senri.memory import SlotParameters, read, scan
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+SHARP = SlotParameters(*(torch.tensor([x], dtype=torch.float64) for x in (60.0, 0.8, 100.0)))
+
+
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
+def write(keys, values, num_slots, beta=None, state=None):
+    """Pairs ``[T, D]`` written one by one; the state."""
+    beta = None if beta is None else torch.tensor(beta, dtype=torch.float64)[None, :, None]
+    k, v = keys[None, :, None], values[None, :, None]
+    return scan(torch.zeros_like(k), k, v, state, rule="slot", num_slots=num_slots, slot=SHARP, beta=beta)[1]
+
+
+def ask(state, queries, null=10.0):
+    """Reads ``[T, D]``."""
+    logits = torch.full((1, len(queries), 1), null, dtype=torch.float64)
+    return read(queries[None, :, None], state, rule="slot", slot=SHARP, null=logits)[0, :, 0]
+
+
+def test_what_was_written_is_read():
+    state = write(eye(8), 3 * eye(8).flip(0), num_slots=8)
+    torch.testing.assert_close(ask(state, 5 * eye(8)), 3 * eye(8).flip(0), rtol=0, atol=1e-9)
+    assert (state.slots.strength == 1).all()
+
+
+def test_what_was_never_written_is_not_found():
+    state = write(eye(8)[:3], eye(8)[:3], num_slots=8)
+    assert ask(state, eye(8)[3:]).abs().max() < 1e-3  # 3 / (3 + exp(10))
+
+
+def test_the_logit_of_nothing_decides():
+    state = write(eye(2)[:1], torch.ones(1, 2, dtype=torch.float64), num_slots=4)
+    for null in (40.0, 60.0, 80.0):
+        found = ask(state, eye(2)[:1], null)
+        torch.testing.assert_close(found, torch.full_like(found, 1 / (1 + math.exp(null - 60))), **EXACT)
+
+
+def test_the_last_value_of_a_key_is_the_one_that_counts():
+    one = eye(4)[[0, 1, 0, 0]]
+    state = write(one, torch.arange(1.0, 5.0, dtype=torch.float64)[:, None].expand(4, 4), num_slots=8)
+    torch.testing.assert_close(ask(state, eye(4)[:2])[:, 0], torch.tensor([4.0, 2.0]).double(), rtol=1e-6, atol=0)
+    assert (state.slots.strength > 0.9).sum() == 2, "the older ones are as good as gone"
+
+
+def test_a_key_of_a_little_likeness_leaves_the_others_alone():
+    near = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)  # cosine 0.6
+    state = write(near, eye(2), num_slots=2)
+    assert (state.slots.strength > 1 - 1e-6).all()
+
+
+def test_a_weak_write_weakens_little_and_is_heard_less():
+    state = write(eye(4)[[0, 0]], eye(4)[:2], num_slots=4, beta=[1.0, 0.25])
+    old, new = ask(state, eye(4)[:1])[0, :2]
+    assert new / old == pytest.approx(0.25 / 0.75, rel=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [[20], [7, 13], [1] * 20])
+def test_when_all_slots_are_taken_the_weakest_gives_way(pieces):
+    keys, state = eye(20), None
+    for part in keys.split(pieces):
+        state = write(part, part, num_slots=6, state=state)
+    # none has anything in common: all are as strong, and the oldest is given up
+    assert state.slots.strength.shape == (1, 1, 6)
+    found = ask(state, keys).diagonal()
+    assert (found > 0.99).tolist() == [False] * 14 + [True] * 6
+    assert state.written.tolist() == [20]
+
+
+def test_what_was_replaced_gives_way_first():
+    keys = eye(8)[[0, 1, 2, 1, 3]]
+    state = write(keys, keys, num_slots=4)
+    torch.testing.assert_close(ask(state, eye(8)[:4]), eye(8)[:4], rtol=0, atol=1e-6)
+
+
+def test_what_was_written_weakly_gives_way_first():
+    keys = eye(8)[:5]
+    state = write(keys, keys, num_slots=4, beta=[1.0, 1.0, 0.5, 1.0, 1.0])
+    assert (ask(state, keys).diagonal() > 0.99).tolist() == [True, True, False, True, True]
+
+
+def test_slots_stand_in_the_order_of_their_writing():
+    state = write(eye(6)[:4], eye(6)[:4], num_slots=6)
+    torch.testing.assert_close(state.slots.K[0, 0, 2:], eye(6)[:4], **EXACT)
+    assert not state.slots.strength[0, 0, :2].any()
+
+
+def test_a_closed_gate_writes_nothing():
+    keys = eye(5)
+    state = write(keys, keys, num_slots=5, beta=[1.0, 0.0, 0.0, 1.0, 0.0])
+    assert (state.slots.strength > 0).sum() == 2
+    kept = write(keys[[0, 3]], keys[[0, 3]], num_slots=5)
+    torch.testing.assert_close(state.M, kept.M, **EXACT)
+    torch.testing.assert_close(state.slots.K, kept.slots.K, **EXACT)
+
+
+def test_a_state_says_how_large_it_is():
+    state = write(eye(6), eye(6), num_slots=10)
+    assert state.nbytes == 10 * (6 + 6 + 1) * 8 + 8
+    with pytest.raises(ValueError, match="made by another rule than 'delta_token'"):
+        scan(*(torch.zeros(1, 1, 1, 6, dtype=torch.float64) for _ in range(3)), state, rule="delta_token")
