@@ -303,6 +303,7 @@ def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
     """The secret key, told and asked in the words of the evaluation."""
     mix = make("needle")
     key = re.compile(r"KEY-[A-Z]{3}\d{5}")
+    spoken = "The secret key is", "The secret key mentioned above is"
     seen = Counter()
     for i in range(600):
         sample = mix[i]
@@ -315,7 +316,7 @@ def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
                     if answered(answer, value):
                         assert question in ("What is the secret key mentioned above?", "What is the secret key?")
                         seen[form, question, answer.removesuffix(".\n").replace(value, "VALUE")] += 1
-                        assert begun in ("", "The secret key is:", *OPENINGS)
+                        assert begun.removesuffix(":") in ("", *OPENINGS, *spoken)
                         assert whole.count(value) == 2
     above = "What is the secret key mentioned above?"
     for form, answer in (("begun", " VALUE"), ("open", " VALUE"), ("open", " The secret key is: VALUE")):
@@ -628,7 +629,7 @@ def test_no_wording_is_a_held_out_one():
         "password",
         "enter the",
     )
-    assert not [(phrase, text) for phrase in phrases for text in plain if phrase in text]
+    assert not [(phrase, text) for phrase in phrases for text in plain if re.search(rf"\b{phrase}", text)]
     for _, wording in HELD_OUT:
         assert any(phrase in wording.fact.lower() for phrase in phrases), "the phrases above are those of all of them"
         asked = wording.question.partition("Question: ")[2].partition("\n")[0]

@@ -225,7 +225,7 @@ def heard(model, text, ids, part):
     ids=["four taps", "surprise", "linear", "heads", "context", "context of heads", "slots", "slots of heads"],
 )
 def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pages, options):
-    model, streams = make_reader(**options), [index for index in range(12) if index % 3 != 2]
+    model, streams = make_reader(**options), [index for index in range(24) if index % 3 != 2]
     features = make_features(model, [*streams, 5])  # the last one plain, for the silent part
     write_some(model, features)
     reading = Reading(model, features, SETTINGS, seed=0)

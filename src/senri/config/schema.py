@@ -116,7 +116,7 @@ class FeaturesConfig(Section):
     pages: Positive
     page_size: Positive
     questions: Positive
-    gate_steps: Positive
+    gate_steps: Count
     gate_negative_weight: PositiveReal
     steps: Positive
     texts: Positive

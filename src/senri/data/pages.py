@@ -51,6 +51,7 @@ class Page:
     facts: tuple[str, ...]  # what each is about, in order: another value for the same contradicts it
     fact_of: np.ndarray  # [size] int16: number of the fact that a token belongs to, or -1
     source: str
+    opens: bool  # it is the beginning of a text; else it goes on from the page before it
 
 
 class RecallPages:
@@ -82,6 +83,9 @@ class RecallPages:
     def stream(self, index: int) -> list[Page]:
         """Stream number ``index``: every third one is plain text, and every fifth of these says little again and again.
 
+        Of a stream with facts, each page of the first half opens a text, half of them with a fact: what is said at the
+        beginning has nothing before it that it could be known by. The last of them goes on as one text.
+
         Raises:
             SampleError: the texts are too short.
         """
@@ -89,25 +93,31 @@ class RecallPages:
         plain = index % 3 == 2
         if plain and index // 3 % 5 == 0:
             return self._again_and_again(rng)
-        stretch = self.books.stretch(self.size * self.pages, rng)
+        stretch = self.books.stretch(self.size * (self.pages + 1), rng)
         made = []
         used = 0
-        for _ in range(self.pages):
+        for number in range(self.pages):
+            opens = number == 0 or (not plain and number < self.pages // 2)
+            if number and opens:  # with a sentence
+                used += int(self.books.cuts(stretch.ids[used : used + self.size])[1])
             recalls = [] if plain else self._recalls(rng)
             facts = [labelled(self.tokenizer, told) for recall in recalls for told in recall.told]
             rest = stretch.ids[used:]
             part = stretch._replace(ids=rest, cuts=self.books.cuts(rest))
             # in order, so that what is told again is told later
             places = sorted(rng.random() * self.size for _ in facts)
+            if opens and places and rng.random() < 0.5:
+                places[0] = 0.0
             ids, spans = plant(part, [Plant(p, f) for p, (f, _) in zip(places, facts, strict=True)], self.size)
             used += self.size - sum(len(f) for f, _ in facts)
             write = np.zeros(self.size, dtype=np.int8)
             fact_of = np.full(self.size, -1, dtype=np.int16)
-            for number, ((start, stop), (_, labels)) in enumerate(zip(spans, facts, strict=True)):
+            for fact, ((start, stop), (_, labels)) in enumerate(zip(spans, facts, strict=True)):
                 write[start:stop] = labels
-                fact_of[start:stop] = number
+                fact_of[start:stop] = fact
             told_here = tuple(told.about for recall in recalls for told in recall.told)
-            made.append(Page(ids, write, tuple(self._questions(recalls, rng)), told_here, fact_of, stretch.source))
+            asked = tuple(self._questions(recalls, rng))
+            made.append(Page(ids, write, asked, told_here, fact_of, stretch.source, opens))
         return made
 
     def _again_and_again(self, rng: Random) -> list[Page]:
@@ -117,7 +127,7 @@ class RecallPages:
         ids = np.array((said * (size // len(said) + 1))[:size], dtype=np.int32).reshape(self.pages, self.size)
         nothing = np.zeros(self.size, dtype=np.int8)
         none = np.full(self.size, -1, dtype=np.int16)
-        return [Page(row, nothing, (), (), none, "filler") for row in ids]
+        return [Page(row, nothing, (), (), none, "filler", number == 0) for number, row in enumerate(ids)]
 
     def unrelated(self) -> list[list[int]]:
         """Token ids of texts and questions that no page answers, to be answered as by the base."""

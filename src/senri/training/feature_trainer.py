@@ -18,7 +18,7 @@ from senri.training import checkpoint
 from senri.training.features import collect, load_features, save_features
 from senri.training.fit import Reading, check_model, fit_write_gates, prepare
 from senri.training.log import TrainingLog
-from senri.training.settings import FeatureSettings
+from senri.training.settings import FeatureSettings, TrainingError
 from senri.training.trainer import ADAPTER
 
 FEATURES, GATES, STATE = "features.pt", "write_gates.pt", "reading.pt"
@@ -52,6 +52,8 @@ def train_on_features(
         TrainingError: see :func:`senri.training.fit.check_model`, and a folder with another run.
     """
     check_model(model)
+    if calibrates and not settings.gate_steps:
+        raise TrainingError("gate_steps 0 keeps the write gate of init_adapter, and there is none: name one")
     checkpoint.open_folder(folder, identity)
     path, started = folder / FEATURES, time.perf_counter()
     if path.is_file():
@@ -81,7 +83,7 @@ def train_on_features(
         if fitted:
             for i, weights in torch.load(folder / GATES, weights_only=True).items():
                 gates[i].load_state_dict(weights)
-        else:
+        elif settings.gate_steps:  # else those that it starts from
             fit_write_gates(model, features, settings, seed, record)
             _save({i: gate.state_dict() for i, gate in gates.items()}, folder / GATES)
         Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,12 @@ class AskedFeatures:
 
 @dataclass
 class Features:
-    """Pages as one row of tokens; a stream's pages follow each other."""
+    """Pages as one row of tokens; those of a running text follow each other."""
 
     page_size: int
     ids: Tensor  # [N] int64
     write: Tensor  # [N] int8
-    stream: Tensor  # [N] int64
+    stream: Tensor  # [N] int64: number of the running text
     final: Tensor  # [M, hidden]: the base's last hidden states where they are known, in order
     final_at: Tensor  # [N] int64: row of a token's; -1: of a stream with facts, read no further than its memory needs
     surprise: Tensor  # [N] float32, nats; zeros where no write gate asks for it
@@ -105,10 +106,11 @@ def collect(
     Args:
         show: called with the tokens done and their number.
     """
-    made = [source.stream(index) for index in streams]
+    flat = [page for index in streams for page in source.stream(index)]
+    opens = [number for number, page in enumerate(flat) if page.opens]
+    texts = [flat[start:stop] for start, stop in pairwise([*opens, len(flat)])]
     # read whole: plain text, whose prediction the memory must not disturb; and all where a gate asks for the surprise
-    whole = [model.config.write_gate == "surprise" or not any(page.facts for page in pages) for pages in made]
-    flat = [page for pages in made for page in pages]
+    whole = [model.config.write_gate == "surprise" or not any(page.facts for page in pages) for pages in texts]
     asked = [(number, question) for number, page in enumerate(flat) for question in page.questions]
     with memory_left_out(model):
         asked += [(-1, question) for question in _unrelated(model, source)]
@@ -119,11 +121,11 @@ def collect(
     hidden: dict[int, dict[int, Tensor]] = {i: {} for i in layers}
     answers: list[AskedFeatures] = []
     with memory_left_out(model) as inputs:
-        for kind in (False, True):
-            numbers = [number for number, entire in enumerate(whole) if entire is kind]
-            for start in range(0, len(numbers), batch):
-                group = numbers[start : start + batch]
-                ids = torch.stack([_ids(made[number]) for number in group]).to(model.device)
+        for kind, length in sorted({(entire, len(pages)) for entire, pages in zip(whole, texts, strict=True)}):
+            alike = [n for n, pages in enumerate(texts) if (whole[n], len(pages)) == (kind, length)]
+            for start in range(0, len(alike), batch):
+                group = alike[start : start + batch]
+                ids = torch.stack([_ids(texts[number]) for number in group]).to(model.device)
                 parts = []
                 with nullcontext() if kind else _up_to(model, max(layers)):
                     cache = model.model.new_cache()
@@ -141,10 +143,10 @@ def collect(
             answers += _ask(model, questions, inputs)
             done += sum(_length(q) for _, q in questions)
             show(done, total)
-    ids = torch.cat([_ids(pages) for pages in made])
-    per_stream = source.size * source.pages
-    stream = torch.arange(len(made)).repeat_interleave(per_stream)
-    known = torch.tensor(whole).repeat_interleave(per_stream)
+    ids = torch.cat([_ids(pages) for pages in texts])
+    sizes = torch.tensor([source.size * len(pages) for pages in texts])
+    stream = torch.arange(len(texts)).repeat_interleave(sizes)
+    known = torch.tensor(whole).repeat_interleave(sizes)
     final_at = torch.where(known, known.cumsum(0) - 1, -1)
     final = torch.cat([finals[number] for number in sorted(finals)] or [torch.zeros(0, model.config.hidden_size)])
     return Features(
@@ -155,7 +157,7 @@ def collect(
         final,
         final_at,
         _surprise(model, final, ids, stream),
-        {i: torch.cat([rows[number] for number in range(len(made))]) for i, rows in hidden.items()},
+        {i: torch.cat([rows[number] for number in range(len(texts))]) for i, rows in hidden.items()},
         [list(page.facts) for page in flat],
         torch.cat([torch.from_numpy(page.fact_of) for page in flat]),
         answers,
