@@ -51,9 +51,10 @@ def command(
 def describe(session: Session, name: str) -> None:
     """What is about to read."""
     config = session.model.config
+    slots = f"{config.memory_num_slots} slots, " if config.update_rule == "slot" else ""
     console.print(
         f"{name} as a Senri model: window {config.sliding_window_size} tokens in all "
-        f"{config.num_hidden_layers} layers, memory ({config.update_rule}, {config.memory_num_heads} x "
+        f"{config.num_hidden_layers} layers, memory ({config.update_rule}, {slots}{config.memory_num_heads} x "
         f"{config.memory_head_dim}) in layer {', '.join(map(str, config.memory_layers))}, {session.model.dtype}"
     )
 
