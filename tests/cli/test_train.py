@@ -239,7 +239,7 @@ def test_a_training_on_features_and_its_adapter_read_with(senri, training):
     first = Path("run/adapter.safetensors").read_bytes()
     again = senri("train", "-o", "run")
     assert again.code == 0, again
-    assert "features of 640 tokens and" in again.out
+    assert "features of 960 tokens and" in again.out
     assert "reading pages" not in again.out
     assert Path("run/adapter.safetensors").read_bytes() == first
     assert sorted((entry["stage"], entry["step"]) for entry in log_of("run")) == sorted(stages), "each once"

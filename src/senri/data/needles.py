@@ -197,7 +197,7 @@ def together_contexts(
     """For each length one context that holds the facts of all ``tasks``, read once for all their questions.
 
     All facts distract from each other: harder than a context for each task, and cheaper by their number. A task's
-    asked fact takes the depths in turn, from sample to sample. The cell's task is ``NAME, together``.
+    asked fact takes the depths in turn, from sample to sample. The cell's task is ``together_NAME``.
 
     Raises:
         SampleError: see :func:`needle_contexts`.
@@ -240,7 +240,7 @@ def together_contexts(
                         answers=tuple(made.answers),
                         max_new_tokens=made.task.max_new_tokens,
                         cell={
-                            "task": f"{made.task.name}, together",
+                            "task": f"together_{made.task.name}",
                             "length": length,
                             "depth": depths[(sample + number) % len(depths)] if made.task.by_depth else None,
                         },
