@@ -228,6 +228,17 @@ def test_ask_leaves_the_memory_and_say_does_not(session, book, real_tokenizer):
     assert fresh.ask("Who made the heaven?") != answer, "this question does not show that the memory is used"
 
 
+def test_an_answer_from_an_emptied_memory_is_that_of_one_that_read_nothing(session, book):
+    session.model.reset_memory()
+    nothing = session.ask("Who made the heaven?")
+    assert session.ask("Who made the heaven?", memory=False) == nothing
+    session.read_file(book)
+    before = tensors(session)
+    assert session.ask("Who made the heaven?") != nothing
+    assert session.ask("Who made the heaven?", memory=False) == nothing
+    assert same(before, tensors(session))
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_turns_are_fed_in_the_chat_format_each_token_once(session, real_tokenizer, fed, ends):
     messages = ["Who made the heaven?", "And then?", "one \x00 two"]
@@ -336,32 +347,3 @@ def test_other_rows_are_refused(session):
     session.model.reset_memory(2)
     with pytest.raises(ValueError, match=r"the input has 1 row\(s\) but the running state has 2"):
         session.ask("Who made the heaven?")
-
-
-# recall ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_passage_recall_tells_what_the_memory_brings(session, book, model):
-    session.read_file(book)
-    before = tensors(session)
-    # a passage of which this memory predicts every second token, from the start that is not scored on
-    cache = model.get_memory_state()
-    chance = torch.randint(3, 49152, (16 + 2 * 15,), generator=torch.Generator().manual_seed(0)).tolist()
-    passage: list[int] = []
-    for place, token in enumerate(chance):
-        guess = model(torch.tensor([passage[-1:]]), past_key_values=cache).logits[0, -1].argmax() if passage else None
-        passage.append(int(guess) if place >= 16 and place % 2 else token)
-    passage = torch.tensor(passage)
-    assert session.passage_recall(passage, memory=True) == 0.5
-    assert session.passage_recall(passage, memory=True, skip=36) == 0.5
-    assert session.passage_recall(passage, memory=True, skip=45) == 1.0
-    assert session.passage_recall(passage, memory=False) < 0.4
-    assert same(before, tensors(session))
-    # emptied means empty: the same as a memory that read nothing
-    session.model.reset_memory()
-    empty = session.model(passage[None]).logits[0, 15:-1].argmax(-1)
-    session.model.reset_memory()
-    session.read_file(book)
-    hits = (empty == passage[16:]).float().mean().item()
-    assert session.passage_recall(passage, memory=False) == pytest.approx(hits)

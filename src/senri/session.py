@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from senri.data import TextError, iter_pieces, iter_text, iter_tokens
-from senri.hf.cache import SenriCache
+from senri.hf.cache import SenriCache, without_memory
 from senri.hf.memory_file import MemoryFileError, read_header
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.hf.session_mixin import ReadProgress
-from senri.memory.state import map_tensors
 
 
 class ReadingStopped(RuntimeError):
@@ -174,14 +173,17 @@ class Session:
 
     # answering ------------------------------------------------------------------------------------------------
 
-    def ask(self, question: str, streamer: Any = None) -> str:
+    def ask(self, question: str, streamer: Any = None, *, memory: bool = True) -> str:
         """Answer from the memory and leave it as it was.
+
+        Args:
+            memory: False empties it for this answer: the control.
 
         Raises:
             ValueError: an empty question, or one longer than the window.
         """
-        unfed = self._unfed
-        answer = self._generate(self.prompt(question), self.state.fork(), streamer)
+        unfed, state = self._unfed, self.state
+        answer = self._generate(self.prompt(question), state.fork() if memory else without_memory(state), streamer)
         self._unfed = unfed
         return answer
 
@@ -244,24 +246,6 @@ class Session:
         self._unfed = out[:, out.shape[1] :] if ended else out[:, -1:]  # the next turn's format brings the end token
         return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
-    # what the memory holds --------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def passage_recall(self, passage: Tensor, *, memory: bool, skip: int = 16) -> float:
-        """Share of a passage's tokens ``[T]`` that the model predicts (top-1) when it comes again, in [0, 1].
-
-        The first ``skip`` tokens are not scored: nothing tells yet which passage it is. With ``memory=False`` the
-        same reading with an emptied memory, the control.
-        """
-        fork = self.state.fork()
-        if not memory and fork.state is not None:
-            layers = tuple(layer._replace(memory=_emptied(layer.memory)) for layer in fork.state.layers)
-            # nor may the window's rest be written while the passage comes
-            fork.state = fork.state._replace(layers=layers, valid=torch.zeros_like(fork.state.valid))
-        logits = self.model(passage[None].to(self.model.device), past_key_values=fork).logits[0]
-        hits = logits[skip - 1 : -1].argmax(-1).cpu() == passage[skip:]
-        return float(hits.float().mean())
-
     # files ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
@@ -293,7 +277,3 @@ class Session:
             raise MemoryFileError(f"{path} holds a finished reading: there is nothing to resume")
         self.load(path)
         self._resumed = True
-
-
-def _emptied(memory: Any) -> Any:
-    return map_tensors(torch.zeros_like, memory)

@@ -622,6 +622,7 @@ def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer):
             assert len(context.questions) == len(TOGETHER) == 8
             for task, question in zip(TOGETHER, context.questions, strict=True):
                 assert question.cell["task"] == f"together_{task.name}"
+                assert re.fullmatch(r"[\w-]+", question.cell["task"]), "the report names its plots so"
                 assert question.cell["length"] == length
                 assert question.at == len(context.ids)
                 assert question.at + len(question.prompt) + question.max_new_tokens <= length

@@ -8,6 +8,7 @@ from senri.hf.calibrate import RIDGE, calibrate
 from senri.hf.convert import convert_to_senri
 
 HEAD = {"memory_readout": "head", "update_rule": "delta_token", "memory_conv_size": 2, "num_memory_layers": 1}
+SLOT = {**HEAD, "update_rule": "slot", "write_gate": "hidden", "memory_conv_size": 0, "memory_context_size": 4}
 TEXT, REPEAT = 640, 40
 
 
@@ -34,7 +35,7 @@ def layer_inputs(model, ids):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, HEAD, {"memory_gate": "infini", "memory_num_key_value_heads": 4, "num_memory_layers": 1}]
+    "options", [{}, HEAD, SLOT, {"memory_gate": "infini", "memory_num_key_value_heads": 4, "num_memory_layers": 1}]
 )
 @torch.no_grad()
 def test_keys_are_centred_and_white(make_senri, tokens, options):
@@ -87,9 +88,10 @@ def test_inside_the_window_the_base_is_unchanged(make_base, make_senri, tokens, 
     assert differs == (options == HEAD), "the head read-out speaks from now on, the layer's needs training"
 
 
+@pytest.mark.parametrize("rule", [HEAD, SLOT], ids=["delta_token", "slot"])
 @torch.no_grad()
-def test_the_read_gate_is_the_one_that_predicts_best(make_senri, tokens):
-    model, ids = make_senri(random=False, **{**HEAD, "num_memory_layers": 2, "memory_head_dim": 16}), text(tokens)
+def test_the_read_gate_is_the_one_that_predicts_best(make_senri, tokens, rule):
+    model, ids = make_senri(random=False, **{**rule, "num_memory_layers": 2, "memory_head_dim": 16}), text(tokens)
     report = calibrate(model, ids, repeat_tokens=REPEAT)
     twice = torch.cat([ids[-REPEAT:]] * 2)
 

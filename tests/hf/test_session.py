@@ -5,6 +5,7 @@ import torch
 
 from senri.hf.cache import SenriCache, without_memory
 from senri.memory import RULES
+from senri.memory.state import named_tensors
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 CASES = [
@@ -202,7 +203,7 @@ def test_an_emptied_memory_is_one_that_holds_nothing(make_senri, tokens, options
         held = [layer.memory for layer in empty.state.layers if layer.memory is not None]
         assert len(held) == 2
         for memory in held:
-            assert not any(tensor.any() for tensor in memory.memory if tensor is not None)
+            assert not any(tensor.any() for tensor in named_tensors(memory.memory).values())
 
 
 @torch.no_grad()

@@ -46,6 +46,8 @@ class Case:
                 self.gates["null"] = randn(B, T, H * G)
         if draw(st.booleans()):
             self.gates["beta"] = randn(B, T, H).sigmoid()
+            if draw(st.booleans()):  # a write gate that closes
+                self.gates["beta"] *= torch.rand(B, T, H, generator=gen) > 0.4
         if RULES[rule].forgets and draw(st.booleans()):
             self.gates["log_alpha"] = -randn(B, T, H).exp() * 0.1
         if draw(st.booleans()):

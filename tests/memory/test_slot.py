@@ -60,7 +60,7 @@ def test_a_key_of_a_little_likeness_leaves_the_others_alone():
 
 
 def test_a_weak_write_weakens_little_and_is_heard_less():
-    state = write(eye(4)[[0, 0]], eye(4)[:2], num_slots=4, beta=[1.0, 0.25])
+    state = write(eye(4)[[0, 0, 0]], eye(4)[[0, 1, 1]], num_slots=4, beta=[1.0, 0.0, 0.25])
     old, new = ask(state, eye(4)[:1])[0, :2]
     assert new / old == pytest.approx(0.25 / 0.75, rel=1e-4)
 
@@ -104,8 +104,33 @@ def test_a_closed_gate_writes_nothing():
     torch.testing.assert_close(state.slots.K, kept.slots.K, **EXACT)
 
 
+def test_tokens_written_one_after_the_other_do_not_weaken_each_other():
+    """One value, whose keys, a token apart, are alike."""
+    same = eye(2)[[0] * 7]
+    beta = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    for pieces in ([7], [1] * 7, [1, 4, 2], [3, 4]):
+        state, done = None, 0
+        for part in same.split(pieces):
+            state = write(part, part, num_slots=6, state=state, beta=beta[done : done + len(part)])
+            done += len(part)
+        assert state.slots.run[0, 0].tolist() == [0, 1, 1, 2, 2, 2]
+        strength = state.slots.strength[0, 0]
+        assert strength[:3].max() < 1e-6, "the second value replaces the first"
+        assert strength[3:].tolist() == [1.0] * 3
+        assert not state.slots.running.any()
+
+
+def test_padding_is_no_end_of_a_run():
+    beta = torch.ones(1, 6, 1, dtype=torch.float64)
+    mask = torch.tensor([[0, 1, 0, 0, 1, 0]])
+    k = torch.ones(1, 6, 1, 2, dtype=torch.float64)
+    state = scan(k, k, k, rule="slot", num_slots=4, slot=SHARP, beta=beta, mask=mask)[1]
+    assert state.slots.run[0, 0].tolist() == [0, 0, 1, 1]
+    assert state.slots.running.all()
+
+
 def test_a_state_says_how_large_it_is():
     state = write(eye(6), eye(6), num_slots=10)
-    assert state.nbytes == 10 * (6 + 6 + 1) * 8 + 8
+    assert state.nbytes == 10 * (6 + 6 + 1 + 1) * 8 + 1 + 8
     with pytest.raises(ValueError, match="made by another rule than 'delta_token'"):
         scan(*(torch.zeros(1, 1, 1, 6, dtype=torch.float64) for _ in range(3)), state, rule="delta_token")

@@ -16,6 +16,7 @@ from senri.training.features import (
     memory_left_out,
     save_features,
 )
+from senri.training.settings import TrainingError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 STREAMS = range(5)  # two batches, the second one smaller
@@ -91,8 +92,9 @@ def test_questions_are_what_the_model_makes_of_each_alone(
     make_reader, make_features, pages, run, conv_size, context_size
 ):
     """So that neither the other questions of a batch nor the padding behind the shorter ones changes anything."""
-    streams = (0, 1)
+    streams = (0, 1, 2)
     model = make_reader(memory_conv_size=conv_size, memory_context_size=context_size)
+    running = ids_of(pages.stream(2)).tolist()
     found = [asked for asked in make_features(model, streams).asked if asked.page >= 0]
     before = taps_of(conv_size, context_size) - 1
     expected = []
@@ -100,14 +102,18 @@ def test_questions_are_what_the_model_makes_of_each_alone(
         for question in page.questions:
             exchange = question.exchange
             ids = [*question.lead.tolist(), *exchange.prompt, *exchange.answer]
+            length = len(ids)
+            if question.late:
+                ids = [*running, *ids]
             final, hidden, _ = run(ids)
             part = slice(len(ids) - len(exchange.answer) - 1, len(ids) - 1)  # what predicts the answer
             missing = max(before - part.start, 0)  # the text begins behind them
             kept = slice(part.start - before + missing, part.stop)
             rest = (number, question.fact, exchange.answer, exchange.value_from, missing)
             behind = {i: F.pad(h[kept], (0, 0, missing, 0)) for i, h in hidden.items()}
-            expected.append((len(ids), rest, final[part], behind))
+            expected.append(((not question.late, length), rest, final[part], behind))
     expected.sort(key=lambda item: item[0])
+    assert len({late for (late, _), *_ in expected}) == 2
     assert len(found) == len(expected) > BATCH
     assert len({length for length, *_ in expected[:BATCH]}) > 3, "there is padding"
     for asked, (_, rest, final, hidden) in zip(found, expected, strict=True):
@@ -117,6 +123,11 @@ def test_questions_are_what_the_model_makes_of_each_alone(
             torch.testing.assert_close(asked.hidden[i], hidden[i], **CLOSE)
 
     assert any(asked.missing for asked in found) == (context_size > 0)
+
+
+def test_questions_behind_a_text_need_one(model, make_features):
+    with pytest.raises(TrainingError, match="no stream is plain text to ask questions behind: raise streams"):
+        make_features(model, (0, 1))
 
 
 def test_what_no_page_answers_is_answered_by_the_base(features, pages, make_reader):
@@ -130,14 +141,14 @@ def test_what_no_page_answers_is_answered_by_the_base(features, pages, make_read
         expected.append(out[0, len(prompt) :].tolist())
     assert expected
     assert sorted(asked.target.tolist() for asked in found) == sorted(expected)
-    for asked in found:
-        assert (asked.fact, asked.value_from) == (-1, 0)
-        assert torch.equal(plain.lm_head(asked.final).argmax(-1), asked.target), "nothing but the base's own words"
+    assert all((asked.fact, asked.value_from) == (-1, 0) for asked in found)
+    own = [torch.equal(plain.lm_head(asked.final).argmax(-1), asked.target) for asked in found]
+    assert sum(own) == len(found) // 2, "nothing but the base's own words, but where it is asked behind a text"
 
 
 def test_all_is_shown_at_last(model, pages):
     seen = []
-    features = collect(model, pages, [0], batch=1, show=lambda done, total: seen.append((done, total)))
+    features = collect(model, pages, [0, 2], batch=1, show=lambda done, total: seen.append((done, total)))
     done, totals = zip(*seen, strict=True)
     assert list(done) == sorted(set(done))
     assert set(totals) == {done[-1]}
@@ -198,9 +209,9 @@ def test_a_model_is_whole_again_after_an_error(model):
 
 def test_surprise_is_there_where_a_gate_asks_for_it(features, make_reader, make_features, pages, run):
     assert not features.surprise.any()
-    found = make_features(make_reader(write_gate="surprise"), (0, 1)).surprise
+    found = make_features(make_reader(write_gate="surprise"), (0, 1, 2)).surprise
     assert found.dtype == torch.float32
-    for index, part in enumerate(found.chunk(2)):
+    for index, part in enumerate(found.chunk(3)):
         ids = ids_of(pages.stream(index))
         expected = F.cross_entropy(run(ids)[2][:-1], ids[1:], reduction="none")
         assert part[0] == 0, "nothing predicts a text's first token"

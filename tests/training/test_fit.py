@@ -180,10 +180,12 @@ def test_rules_that_count_what_is_not_written_are_refused(make_senri, rule):
 
 
 def questions(pages, streams):
-    """The token ids of all questions in the order of the features, and where what predicts the answer stands."""
+    """Of the questions that are asked in a window of their own, the last of the features, in order: the token ids, and
+    where what predicts the answer stands.
+    """
     found = []
     for page in (page for index in streams for page in pages.stream(index)):
-        for question in page.questions:
+        for question in (question for question in page.questions if not question.late):
             exchange = question.exchange
             ids = [*question.lead.tolist(), *exchange.prompt, *exchange.answer]
             found.append((torch.tensor([ids]), slice(len(ids) - len(exchange.answer) - 1, len(ids) - 1)))
@@ -230,7 +232,7 @@ def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pag
     write_some(model, features)
     reading = Reading(model, features, SETTINGS, seed=0)
     asked, size, count = questions(pages, streams), pages.size * pages.pages, pages.pages
-    window, known = model.config.sliding_window_size, [q for q in features.asked if q.page >= 0]
+    window, known = model.config.sliding_window_size, [q for q in features.asked if q.page >= 0][-len(asked) :]
     of_page = [(q, *of) for q, of in zip(known, asked, strict=True) if of[0].shape[1] <= window]
     start = int(reading.silent[0])
     texts, real, first_tokens, shares = [], [], 0, []
@@ -315,8 +317,13 @@ def test_of_a_fact_that_is_left_out_nothing_is_written(make_reading):
             kept = torch.tensor([number == -1 or number in facts for number in numbers])
             assert len({-1} | set(numbers)) > 4, "the gate lets through some of several"
             left, how = reading._left(index, page, facts)
-            assert torch.equal(left, rows[kept])
-            assert torch.equal(how, strength[kept])
+            written = (how > 0).any(-1)
+            assert torch.equal(left[written], rows[kept])
+            assert torch.equal(how[written], strength[kept])
+            runs = sum(row + 1 not in left.tolist() for row in rows[kept].tolist())
+            assert left.tolist() == sorted(left.tolist())
+            assert runs == int((~written).sum()), "each run of what is written has its end"
+            assert torch.equal(left[~written], left[:-1][~written[1:]]), "which is no other token's"
             assert set(features.fact_of[left].tolist()) == {-1, *facts} & set(numbers)
             reading.pairs[index][page] = rows, strength * kept[:, None]
         (expected,) = zip(*all_reads(reading, [text]), strict=True)
@@ -371,7 +378,8 @@ def test_an_address_is_that_of_the_answers_own_tokens(make_reading):
             own = row // features.page_size == question.page and features.fact_of[row] == question.fact
             first = place == question.value_from
             follows = first or features.ids[row - 1] == question.target[place - 1]
-            if own and follows and features.ids[row] == question.target[place]:
+            again = n and row == rows[n - 1]  # the end of a run, which is not written
+            if own and follows and features.ids[row] == question.target[place] and not again:
                 share[place, n] = 0.25
                 holders += 1
     assert holders

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import psutil
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from senri.cli.common import ReadingDisplay, console, open_session, warn
@@ -22,10 +23,32 @@ if TYPE_CHECKING:
     from senri.session import Session
 
 NAME = "demo"
-NEEDLE = "The secret key is: KEY-ABC12345. "
-QUESTION = "What is the secret key mentioned above?"
-ANSWER = "KEY-ABC12345"
-PASSAGE = 256  # tokens quoted in the recall table
+
+
+class Fact(NamedTuple):
+    """What is planted in the text, and where, from 0 (its start) to 1 (its end)."""
+
+    place: float
+    told: str
+    question: str
+    answer: str
+
+
+FACTS = (
+    Fact(0.0, "Miss Clara Brand was born in Riga.", "Where was Clara Brand born?", "Riga"),
+    Fact(0.15, "The telephone number of Edwin Cole is 5550173.", "What is the telephone number of Edwin Cole?",
+         "5550173"),
+    Fact(0.3, "The secret key of Martha Lind is: KEY-QWT90218.", "What is the secret key of Martha Lind?",
+         "KEY-QWT90218"),
+    Fact(0.5, "The secret key is: KEY-ABC12345.", "What is the secret key mentioned above?", "KEY-ABC12345"),
+    Fact(0.65, "Hugo Penn worked as a carpenter.", "As what did Hugo Penn work?", "carpenter"),
+    Fact(0.8, "The password of the old library is copper-falcon.", "What is the password of the old library?",
+         "copper-falcon"),
+    Fact(0.9, "The secret key of Martha Lind is: KEY-MJB66401.", "What is the secret key of Martha Lind?",
+         "KEY-MJB66401"),
+)  # fmt: skip
+ASKED_AGAIN = FACTS[3]  # in a new process
+SAID = 24  # tokens of an answer in the table
 
 
 def command(
@@ -39,12 +62,12 @@ def command(
     session = open_session(config)
     describe(session, config.base_model_name)
     with console.status("tokenizing ..."):
-        ids = planted_text(session, None if full else config.experiment.demo.num_tokens)
+        ids, ends = planted_text(session, None if full else config.experiment.demo.num_tokens)
     check_space(memory, session)
     read(session, ids, memory)
     memory = save(session, memory)
     console.print(f"saved {memory}: {memory.stat().st_size / 1e6:.2f} MB\n")
-    recall_table(session, ids)
+    recall_table(session, ends, len(ids))
     ask_in_new_process(memory)
 
 
@@ -59,15 +82,24 @@ def describe(session: Session, name: str) -> None:
     )
 
 
-def planted_text(session: Session, limit: int | None) -> list[int]:
-    """Token ids of the text with a sentence planted in its middle; ``limit`` tokens, or all."""
+def planted_text(session: Session, limit: int | None) -> tuple[list[int], list[int]]:
+    """Token ids of the text with the facts planted between its sentences, ``limit`` of them or all, and where each
+    fact ends.
+    """
+    import numpy as np
+
     from senri.data import iter_bible, iter_tokens
+    from senri.data.haystack import BookHaystack, Plant, Stretch, encode, plant
 
     tokens = itertools.chain.from_iterable(iter_tokens(iter_bible(), session.tokenizer))
-    needle = session.tokenizer(" " + NEEDLE, add_special_tokens=False)["input_ids"]
-    ids = list(tokens if limit is None else itertools.islice(tokens, limit - len(needle)))
-    middle = len(ids) // 2
-    return ids[:middle] + needle + ids[middle:]
+    facts = [tuple(encode(session.tokenizer, f" {fact.told}")) for fact in FACTS]
+    planted = sum(map(len, facts))
+    text = np.fromiter(tokens if limit is None else itertools.islice(tokens, limit - planted), dtype=np.int32)
+    length = len(text) + planted
+    stretch = Stretch(text, BookHaystack([], session.tokenizer).cuts(text), "King James Bible")
+    plants = [Plant(fact.place * length, ids) for fact, ids in zip(FACTS, facts, strict=True)]
+    ids, spans = plant(stretch, plants, length)
+    return ids.tolist(), [stop for _, stop in spans]
 
 
 def read(session: Session, ids: list[int], memory: Path) -> None:
@@ -78,7 +110,8 @@ def read(session: Session, ids: list[int], memory: Path) -> None:
         yield from (ids[i : i + 4096] for i in range(0, len(ids), 4096))
 
     console.print(
-        f"reading the King James Bible, {len(ids):,} tokens; a key is planted in the middle: {NEEDLE.strip()}"
+        f"reading the King James Bible, {len(ids):,} tokens; {len(FACTS)} facts are planted in it, in the middle: "
+        f"{ASKED_AGAIN.told}"
     )
     display = ReadingDisplay(len(ids))
     try:
@@ -95,31 +128,32 @@ def read(session: Session, ids: list[int], memory: Path) -> None:
     )
 
 
-def recall_table(session: Session, ids: list[int]) -> None:
-    """What is left of what was read: passages from further and further back come again, with and without memory."""
-    import torch
-
-    table = Table(title="passages quoted again: share of tokens predicted right", title_justify="left")
-    for column in ("read this many tokens ago", "with memory", "memory emptied"):
-        table.add_column(column, justify="right")
-    for distance in sorted({min(n * PASSAGE, len(ids)) for n in (1, 2, 4, 16, 64)} | {len(ids)}):
-        start = len(ids) - distance
-        passage = torch.tensor(ids[start : start + PASSAGE])
-        with_memory, without = (session.passage_recall(passage, memory=m) for m in (True, False))
-        table.add_row(f"{distance:,}", f"{with_memory:.0%}", f"{without:.0%}")
+def recall_table(session: Session, ends: list[int], length: int) -> None:
+    """Every planted fact asked for, from the memory and, the control, from an emptied one."""
+    table = Table(title="what was planted, asked for after the end of the text", title_justify="left")
+    for column in ("told", "tokens ago", "from the memory", "memory emptied"):
+        table.add_column(column, justify="right" if column == "tokens ago" else "left", overflow="fold")
+    session.generation = {**session.generation, "max_new_tokens": SAID}
+    last = {fact.question: (fact, end) for fact, end in zip(FACTS, ends, strict=True)}  # told again, it changed
+    right = 0
+    for fact, end in sorted(last.values(), key=lambda item: item[1]):
+        answers = [session.ask(fact.question, memory=memory).partition("\n")[0] for memory in (True, False)]
+        right += fact.answer in answers[0]
+        table.add_row(fact.told, f"{length - end:,}", *map(escape, answers))
     console.print(table)
+    console.print(f"{right} of {len(last)} recalled")
 
 
 def ask_in_new_process(memory: Path) -> None:
     """Open the saved memory in a fresh process and ask for the planted key; say honestly how it went."""
-    console.print(f'\nin a new process: senri ask {memory} "{QUESTION}"')
-    command = [sys.executable, "-m", "senri", "ask", str(memory), QUESTION]
+    console.print(f'\nin a new process: senri ask {memory} "{ASKED_AGAIN.question}"')
+    command = [sys.executable, "-m", "senri", "ask", str(memory), ASKED_AGAIN.question]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the new process failed: {done.stderr.strip() or done.stdout.strip()}")
     answer = done.stdout.strip()
     console.print(f"  {answer}")
-    if ANSWER in answer:
-        console.print(f"the key was recalled ({ANSWER}).")
+    if ASKED_AGAIN.answer in answer:
+        console.print(f"the key was recalled ({ASKED_AGAIN.answer}).")
         return
-    console.print(f"wrong: the key is {ANSWER}. How often which facts are recalled: docs/training.md")
+    console.print(f"wrong: the key is {ASKED_AGAIN.answer}. How often which facts are recalled: docs/training.md")

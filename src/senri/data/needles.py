@@ -213,6 +213,7 @@ def together_contexts(
                 break
         known |= {*made.keys}
         facts.append(made)
+    asked_at = [depths[(sample + number) % len(depths)] if task.by_depth else None for number, task in enumerate(tasks)]
     questions = [encode(tokenizer, made.question) for made in facts]
     longest = max(len(q) + task.max_new_tokens for q, task in zip(questions, tasks, strict=True))
     contexts = []
@@ -223,10 +224,8 @@ def together_contexts(
         for number, made in enumerate(facts):
             first.append(len(plants))
             made.rng.seed(f"{base}/{made.task.name}/{length}")
-            depth = depths[(sample + number) % len(depths)]
             plants += [
-                Plant(place * size, tuple(encode(tokenizer, text)))
-                for text, place in made.placed(depth if made.task.by_depth else None)
+                Plant(place * size, tuple(encode(tokenizer, text))) for text, place in made.placed(asked_at[number])
             ]
         stretch = books.stretch(max(lengths), Random(base))
         ids, spans = plant(stretch, plants, size)
@@ -242,7 +241,7 @@ def together_contexts(
                         cell={
                             "task": f"together_{made.task.name}",
                             "length": length,
-                            "depth": depths[(sample + number) % len(depths)] if made.task.by_depth else None,
+                            "depth": asked_at[number],
                         },
                         evidence=tuple(spans[first[number] + i] for i in made.asked),
                         stop=made.task.stop,

@@ -20,6 +20,7 @@ GROUPS = {needle: 0.7, overwritten: 0.2, whereabouts: 0.1}  # shares of the grou
 ROOM = 0.5  # share of a page that facts may take
 LEAD = (4, 150)  # tokens of book text before a question, more often few than many
 NO_LEAD = 0.25  # share of the questions without: asked in an empty window, as after the end of a text
+LATE = 0.5  # share of the questions that are asked behind thousands of tokens of book text
 RIVAL = 0.3  # share of the questions, where there is one, with another fact of the group in sight
 IN_SIGHT = 0.1  # share of the questions whose own fact stands in sight
 
@@ -37,6 +38,7 @@ class Question:
     """One question to a page, asked where the page itself is out of sight."""
 
     lead: np.ndarray  # [L] int32, text before it
+    late: bool  # asked behind a running text: the lead follows on one without facts
     fact: int  # number of the page's fact that answers; -1: the answer stands in the lead
     exchange: Exchange
 
@@ -151,8 +153,7 @@ class RecallPages:
             group = rng.choices(list(GROUPS), list(GROUPS.values()))[0](rng, False)
             size = sum(len(labelled(self.tokenizer, told)[0]) for told in group.told)
             mine = [*map(asked_stem, group.asked), *(told.about for told in group.told)]
-            clash = any(a.startswith(b) or b.startswith(a) for a in mine for b in stems)
-            if size > room or clash:
+            if size > room or not {*mine}.isdisjoint(stems):
                 continue
             room -= size
             groups.append(group)
@@ -166,8 +167,10 @@ class RecallPages:
                 for _ in range(self.questions):
                     (exchange,) = self.forms.exchanges([asked], rng)
                     shown, seen = self._shown(recall, asked, rng)
-                    lead = np.array([*self._lead(rng), *encode(self.tokenizer, shown)], dtype=np.int32)
-                    made.append(Question(lead, -1 if seen else first + asked.fact, exchange))
+                    late = rng.random() < LATE
+                    before = [] if late else self._lead(rng)
+                    lead = np.array([*before, *encode(self.tokenizer, shown)], dtype=np.int32)
+                    made.append(Question(lead, late, -1 if seen else first + asked.fact, exchange))
             first += len(recall.told)
         return made
 

@@ -158,7 +158,8 @@ class SenriCache(Cache):
 def without_memory(state: SenriCache) -> SenriCache:
     """The same window with an empty memory, into which nothing of what was read so far will be written."""
     fork = state.fork()
-    assert fork.state is not None
+    if fork.state is None:
+        return fork
     layers = tuple(_emptied(layer) for layer in fork.state.layers)
     fork.state = fork.state._replace(layers=layers, valid=torch.zeros_like(fork.state.valid))
     return fork

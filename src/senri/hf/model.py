@@ -138,7 +138,7 @@ class SenriModel(SenriPreTrainedModel):
         What the memory is written from is known below the last layer with one. The layers from there on only look back
         over a few windows, so they wait: the last inputs of theirs are kept, as many as :meth:`catch_up` needs to end
         in the very state of a forward. Where this cannot be (the surprise write gate, read-outs into the layers,
-        padding, gradients) it is a forward.
+        padding) it is a forward. There are no gradients.
         """
         for piece in input_ids.split(self._piece_size(input_ids.shape[1]), dim=1):
             if not self._can_defer(cache):

@@ -367,8 +367,11 @@ class MemoryAttention(nn.Module):
         pairs = self._leaving(inputs, stream, steps, embedding)
         count = pairs.valid.sum(1)
         if pairs.beta is not None and pairs.log_alpha is None and not RULES[self.rule].segmented:
-            # what is not written changes nothing but the count
-            some = ((pairs.beta > 0).any(-1) & pairs.valid).any(0).nonzero()[:, 0]
+            # What is not written changes nothing but the count, and ends a run of what is: one of it shows that.
+            some = ((pairs.beta > 0).any(-1) & pairs.valid).any(0)
+            some[1:] |= some[:-1].clone()
+            some[:1] = True
+            some = some.nonzero()[:, 0]
             pairs = Leaving(*(None if x is None else x[:, some] for x in pairs))  # type: ignore[arg-type]
         _, memory = self.write_and_read(
             pairs.k.new_zeros(*pairs.k.shape[:2], self.num_heads * self.head_dim), pairs.k, pairs.v, state.memory,

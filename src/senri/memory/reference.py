@@ -62,7 +62,7 @@ def scan(
         part = Pending(*(x[row, start:stop] for x in stream))  # type: ignore[index]
         out, after = _scan_row(
             q[row, start:stop].double(), part, _row(state, document), rule, delay, segment_size, name, eps,
-            slot, null[row, start:stop],
+            slot, null[row, start:stop], beta is not None,
         )  # fmt: skip
         outputs.append(out)
         states.append(after)
@@ -103,6 +103,7 @@ def _scan_row(
     eps: float,
     slot: SlotParameters,
     null: Tensor,
+    gated: bool,
 ) -> tuple[Tensor, MemoryState]:
     """One document: ``q`` [T, Hq, Dk], the stream's tensors [T, ...], the state without its batch dimension."""
     sigma = FEATURE_MAPS[feature_map]
@@ -119,7 +120,7 @@ def _scan_row(
             if valid:
                 if written % segment_size == 0:
                     memory.begin_segment()
-                memory.write(sigma(k[h]), v[h], beta[h], log_alpha[h].exp())
+                memory.write(sigma(k[h]), v[h], beta[h], log_alpha[h].exp(), gated)
         written += int(valid)
         outputs.append(torch.stack([memories[h // group].read(sigma(q[t, h]), null[t, h]) for h in range(q.shape[1])]))
     out = torch.stack(outputs) if outputs else q.new_zeros(0, q.shape[1], stream.v.shape[-1])
@@ -158,6 +159,8 @@ class _Memory:
         self.sharpness, self.same_at, self.slope = (x[head].double() for x in slot)
         self.K = None if state.slots is None else state.slots.K[head].double()
         self.strength = None if state.slots is None else state.slots.strength[head].double()
+        self.run = None if state.slots is None else state.slots.run[head]
+        self.running = None if state.slots is None else state.slots.running[head]
         self.M = state.M[head].double()
         self.z = None if state.z is None else state.z[head].double()
         self.M_segment = None if state.M_segment is None else state.M_segment[head].double()
@@ -171,9 +174,11 @@ class _Memory:
         if self.M_segment is not None:
             self.M_segment, self.z_segment = self.M, self.z
 
-    def write(self, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor) -> None:
+    def write(self, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor, gated: bool) -> None:
         if self.K is not None:
-            self._write_slot(self._unit(k), v, beta)
+            if beta > 0:
+                self._write_slot(self._unit(k), v, beta, gated and bool(self.running))
+            self.running = beta > 0
             return
         if self.rule in ("delta_token", "gated_delta"):
             k = self._unit(k)
@@ -188,21 +193,22 @@ class _Memory:
         self.M = alpha * self.M + beta * torch.outer(v, k)
         self.z = alpha * self.z + beta * k
 
-    def _write_slot(self, k: Tensor, v: Tensor, beta: Tensor) -> None:
+    def _write_slot(self, k: Tensor, v: Tensor, beta: Tensor, goes_on: bool) -> None:
         assert self.K is not None
         assert self.strength is not None
-        if beta <= 0:
-            return
+        assert self.run is not None
+        run = self.run[-1] if goes_on else self.run[-1] + 1
         left = [
-            s * (1 - beta * torch.sigmoid(self.slope * (torch.dot(k, other) - self.same_at)))
-            for s, other in zip(self.strength, self.K, strict=True)
+            s if n == run else s * (1 - beta * torch.sigmoid(self.slope * (torch.dot(k, other) - self.same_at)))
+            for s, n, other in zip(self.strength, self.run, self.K, strict=True)
         ]
         place = min(range(len(left)), key=lambda n: float(left[n].detach()))  # the first of the weakest
-        keys, values = list(self.K), list(self.M.T)
-        for slots, new in ((left, beta), (keys, k), (values, v)):
+        keys, values, runs = list(self.K), list(self.M.T), list(self.run)
+        for slots, new in ((left, beta), (keys, k), (values, v), (runs, run)):
             del slots[place]
             slots.append(new)
         self.strength, self.K, self.M = torch.stack(left), torch.stack(keys), torch.stack(values, 1)
+        self.run = torch.stack(runs)
 
     def read(self, q: Tensor, null: Tensor) -> Tensor:
         if self.K is not None:
@@ -222,5 +228,5 @@ class _Memory:
             return None if parts[0] is None else torch.stack(parts)
 
         M, z = stack("M"), stack("z")
-        slots = None if memories[0].K is None else Slots(stack("K"), stack("strength"))  # type: ignore[arg-type]
+        slots = None if memories[0].K is None else Slots(*map(stack, Slots._fields))  # type: ignore[arg-type]
         return MemoryState(M, z, stack("M_segment"), stack("z_segment"), written, pending, slots)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ class Chunk(NamedTuple):
     v: Tensor  # [B, H, C, Dv]
     beta: Tensor  # [B, H, C]
     log_alpha: Tensor | None  # [B, H, C], <= 0
+    run: Tensor | None = None  # [B, H, C] int64: the run that a written pair belongs to; only for rule slot
 
 
 class Rule(NamedTuple):
@@ -97,7 +98,7 @@ def additive_chunk(
     Returns:
         output ``[B, H, G, C, Dv]``, the new ``M`` and ``z``.
     """
-    q, k, v, beta, log_alpha = chunk
+    q, k, v, beta, log_alpha, _ = chunk
     if M_segment is not None and z_segment is not None:
         known = k @ M_segment.mT
         v = v - known / (k @ z_segment[..., None]).clamp(min=eps)
@@ -126,7 +127,7 @@ def delta_chunk(M: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     Returns:
         output ``[B, H, G, C, Dv]`` and the new ``M``.
     """
-    q, k, v, beta, log_alpha = chunk
+    q, k, v, beta, log_alpha, _ = chunk
     decay = _decay(log_alpha)
     overlap = _scale(k @ k.mT * beta[..., None], decay.pair)
     eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
@@ -148,8 +149,10 @@ def slot_chunk(
     ABC, arXiv:2110.02488), as a modern Hopfield network (Ramsauer et al. 2021, arXiv:2008.02217).
 
     A pair ``k, v`` of strength ``beta > 0`` weakens each slot by ``1 - beta sigmoid(slope (k' K_n - same_at))``: what
-    is written under the same key again replaces what was, as the delta rule erases. The weakest slot is then given
-    up, the oldest of several (an empty one while there is any), and the pair goes behind the others. A read is
+    is written under the same key again replaces what was, as the delta rule erases. But not the slots of its own run:
+    tokens written one after the other are one value (``KEY-ABC12345``), whose keys, a token apart, are alike. The
+    weakest slot is then given up, the oldest of several (an empty one while there is any), and the pair goes behind
+    the others. A read is
     ``sum_n p_n M_n`` with ``p`` the softmax of ``sharpness q' K_n + log strength_n`` beside ``null``, the logit of
     finding nothing.
 
@@ -157,15 +160,18 @@ def slot_chunk(
         null: ``[B, H, G, C]``.
 
     Returns:
-        output ``[B, H, G, C, Dv]``, the new ``M`` and slots.
+        output ``[B, H, G, C, Dv]``, the new ``M`` and slots (``running`` is left as it was).
     """
-    _, k, v, beta, _ = chunk
+    _, k, v, beta, _, run = chunk
+    assert run is not None
+    beta = torch.where(beta > 0, beta, 0.0)  # what is not written has no gradient either
     num_slots, steps = M.shape[-1], k.shape[-2]
     keys = torch.cat([slots.K, k], -2)  # what was there, and what comes
     values = torch.cat([M.mT, v], -2)
     same = (parameters.slope[:, None, None] * (k @ keys.mT - parameters.same_at[:, None, None])).sigmoid()
     # factor of pair n's strength at step t: weakened by later ones, set at its own
-    erased = 1 - beta[..., None] * same
+    runs = torch.cat([slots.run, run], -1)
+    erased = 1 - beta[..., None] * same * (run[..., :, None] != runs[..., None, :])
     new = torch.where(
         torch.ones(steps, steps, dtype=torch.bool, device=k.device).tril(-1), erased[..., num_slots:], 1.0
     ) * (1 + torch.diag_embed(beta - 1))
@@ -177,7 +183,8 @@ def slot_chunk(
     last = strength_held[..., -1, :].gather(-1, who)
     rows = who[..., None]
     K = keys.gather(-2, rows.expand(*who.shape, keys.shape[-1]))
-    return out, values.gather(-2, rows.expand(*who.shape, values.shape[-1])).mT, Slots(K, last)
+    M = values.gather(-2, rows.expand(*who.shape, values.shape[-1])).mT
+    return out, M, slots._replace(K=K, strength=last, run=runs.gather(-1, who))
 
 
 def _allocate(strength: Tensor, writes: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:

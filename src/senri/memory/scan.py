@@ -20,7 +20,7 @@ from senri.memory.rules import (
     slot_chunk,
     slot_read_only,
 )
-from senri.memory.state import MemoryState, Pending
+from senri.memory.state import MemoryState, Pending, Slots
 
 
 def delay_line(queue: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,6 +249,9 @@ def _scan(
     parameters = _parameters(slot, M.shape[1], M)
     nothing = _null(null, q, M.shape[1], dtype)
     begins = _segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
+    if slots is not None:
+        run, slots = _runs(whole.beta, stream, slots)
+        whole = whole._replace(run=run)
     outputs = []
     for start, stop, writes in _chunks(whole, sorted({*range(0, steps, chunk_size), *begins, steps}), begins):
         part = slice(start, stop)
@@ -258,6 +261,7 @@ def _scan(
             whole.v[:, :, part],
             whole.beta[:, :, part],
             None if whole.log_alpha is None else whole.log_alpha[:, :, part],
+            None if whole.run is None else whole.run[:, :, part],
         )
         if start in begins and z is not None and M_segment is not None and z_segment is not None:
             rows = begins[start][:, None, None]
@@ -311,6 +315,21 @@ def _prepare(q: Tensor, stream: Pending, normalised: bool, feature_map: str, dty
     beta = valid.expand(-1, -1, num_heads) if stream.beta is None else stream.beta.to(dtype) * valid
     log_alpha = None if stream.log_alpha is None else (stream.log_alpha.to(dtype) * valid).transpose(1, 2)
     return Chunk(q, k.transpose(1, 2), v.transpose(1, 2), beta.transpose(1, 2), log_alpha)
+
+
+def _runs(beta: Tensor, stream: Pending, slots: Slots) -> tuple[Tensor, Slots]:
+    """The run that each pair belongs to ``[B, H, T]``, and the slots that know whether the last one goes on.
+
+    Tokens written one after the other are a run. Without a write gate each token is one: all of a text is no value.
+    """
+    writes = beta > 0
+    steps = torch.arange(writes.shape[-1], device=writes.device).expand(len(writes), -1)
+    newest = torch.where(stream.valid, steps, -1).cummax(-1).values  # [B, T] the last token that is no padding
+    before = F.pad(newest, (1, 0), value=-1)[:, None].expand(-1, writes.shape[1], -1)  # and before each step
+    after = torch.where(before < 0, slots.running[..., None], F.pad(writes, (0, 1)).gather(-1, before.clamp(min=0)))
+    begins = writes & ~after[..., :-1] if stream.beta is not None else writes
+    run = slots.run[..., -1:] + begins.cumsum(-1)  # what was written last stands last
+    return run, slots._replace(running=after[..., -1])
 
 
 def _segment_begins(valid: Tensor, written: Tensor, segment_size: int) -> dict[int, Tensor]:

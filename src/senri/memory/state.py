@@ -68,6 +68,8 @@ class Slots(NamedTuple):
 
     K: Tensor  # [B, H, N, F], of length 1; zeros where the slot is empty
     strength: Tensor  # [B, H, N] in [0, 1]; 0: empty
+    run: Tensor  # [B, H, N] int64: number of the run of written tokens that the pair belongs to; 0: empty
+    running: Tensor  # [B, H] bool: the last token was written, so that the next one goes on with its run
 
 
 class MemoryState(NamedTuple):
@@ -97,7 +99,12 @@ class MemoryState(NamedTuple):
         """An empty memory for ``rule``; ``key_dim`` is the feature map's output width, ``num_slots`` for rule slot."""
         if rule == "slot":
             M = torch.zeros(batch_size, num_heads, value_dim, num_slots, dtype=dtype, device=device)
-            slots = Slots(M.new_zeros(batch_size, num_heads, num_slots, key_dim), M.new_zeros(*M.shape[:2], num_slots))
+            slots = Slots(
+                M.new_zeros(batch_size, num_heads, num_slots, key_dim),
+                M.new_zeros(batch_size, num_heads, num_slots),
+                M.new_zeros(batch_size, num_heads, num_slots, dtype=torch.long),
+                M.new_zeros(batch_size, num_heads, dtype=torch.bool),
+            )
             return cls(M, None, None, None, torch.zeros(batch_size, dtype=torch.long, device=device), slots=slots)
         M = torch.zeros(batch_size, num_heads, value_dim, key_dim, dtype=dtype, device=device)
         z = torch.zeros(batch_size, num_heads, key_dim, dtype=dtype, device=device)

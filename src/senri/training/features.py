@@ -21,8 +21,10 @@ from torch import Tensor
 
 from senri.data.pages import Page, Question, RecallPages
 from senri.data.training_forms import Exchange
+from senri.hf.cache import SenriCache
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.layers import taps_of
+from senri.training.settings import TrainingError
 
 BATCH = 16  # questions of one pass
 UNRELATED_TOKENS = 24  # of the base's answer to a question that no page answers
@@ -115,6 +117,12 @@ def collect(
     with memory_left_out(model):
         asked += [(-1, question) for question in _unrelated(model, source)]
     asked.sort(key=lambda item: _length(item[1]))
+    late = [item for item in asked if item[1].late]
+    plain = [number for number, pages in enumerate(texts) if not any(page.facts for page in pages)]
+    if late and not plain:
+        raise TrainingError("no stream is plain text to ask questions behind: raise streams (every third one is)")
+    behind = {number: late[place :: len(plain)] for place, number in enumerate(plain)}
+    before = taps_of(model.config.memory_conv_size, model.config.memory_context_size) - 1
     total, done = len(flat) * source.size + sum(_length(q) for _, q in asked), 0
     layers = model.config.memory_layers
     finals: dict[int, Tensor] = {}
@@ -129,17 +137,27 @@ def collect(
                 parts = []
                 with nullcontext() if kind else _up_to(model, max(layers)):
                     cache = model.model.new_cache()
-                    for piece in ids.split(source.size, 1):
+                    # the last tokens are read once more with each question that follows on them
+                    *pieces, last = _pieces(ids, source.size, before)
+                    for piece in (*pieces, last):
+                        if piece is last:
+                            almost = cache.fork()
                         out = model.model(piece, past_key_values=cache).last_hidden_state
                         parts.append((out.cpu(), {i: inputs[i].cpu() for i in layers}))
                         done += out.shape[0] * out.shape[1]
+                        show(done, total)
+                for row, number in enumerate(group):
+                    for questions in _batches(behind.get(number, [])):
+                        text = almost.fork()
+                        text.batch_select_indices(torch.full((len(questions),), row))
+                        answers += _ask(model, questions, inputs, last[row].tolist(), text)
+                        done += sum(_length(q) for _, q in questions)
                         show(done, total)
                 if kind:
                     finals.update(zip(group, torch.cat([final for final, _ in parts], 1), strict=True))
                 for i in layers:
                     hidden[i].update(zip(group, torch.cat([kept[i] for _, kept in parts], 1), strict=True))
-        for start in range(0, len(asked), BATCH):
-            questions = asked[start : start + BATCH]
+        for questions in _batches([item for item in asked if not item[1].late]):
             answers += _ask(model, questions, inputs)
             done += sum(_length(q) for _, q in questions)
             show(done, total)
@@ -186,7 +204,7 @@ def _length(question: Question) -> int:
 def _unrelated(model: SenriForCausalLM, source: RecallPages) -> list[Question]:
     """Questions that no page answers, with the base's answer."""
     prompts, end = sorted(source.unrelated(), key=len), source.tokenizer.eos_token_id
-    made = []
+    made: list[Question] = []
     for start in range(0, len(prompts), BATCH):
         group = prompts[start : start + BATCH]
         longest = max(map(len, group))
@@ -201,7 +219,8 @@ def _unrelated(model: SenriForCausalLM, source: RecallPages) -> list[Question]:
         )[:, longest:]
         for prompt, answer in zip(group, out.tolist(), strict=True):
             answer = answer[: answer.index(end) + 1] if end in answer else answer
-            made.append(Question(np.zeros(0, dtype=np.int32), -1, Exchange(prompt, answer, 0)))
+            late = len(made) % 2 == 1  # what the base says there differs from its answer, but stays what is right
+            made.append(Question(np.zeros(0, dtype=np.int32), late, -1, Exchange(prompt, answer, 0)))
     return made
 
 
@@ -216,18 +235,36 @@ def _surprise(model: SenriForCausalLM, final: Tensor, ids: Tensor, stream: Tenso
     return out
 
 
+def _pieces(ids: Tensor, size: int, last: int) -> list[Tensor]:
+    """``ids`` ``[B, T]`` in pieces of ``size`` tokens, but the last one of ``last``, or of one token."""
+    cut = ids.shape[1] - max(last, 1)
+    return [*ids[:, :cut].split(size, 1), ids[:, cut:]]
+
+
+def _batches(asked: Sequence[tuple[int, Question]]) -> Iterator[Sequence[tuple[int, Question]]]:
+    return (asked[start : start + BATCH] for start in range(0, len(asked), BATCH))
+
+
 def _ask(
-    model: SenriForCausalLM, group: Sequence[tuple[int, Question]], inputs: dict[int, Tensor]
+    model: SenriForCausalLM,
+    group: Sequence[tuple[int, Question]],
+    inputs: dict[int, Tensor],
+    tail: Sequence[int] = (),
+    cache: SenriCache | None = None,
 ) -> list[AskedFeatures]:
-    """One pass over some questions, padded on the right: causal, so that the padding changes nothing."""
+    """One pass over some questions, padded on the right: causal, so that the padding changes nothing.
+
+    Args:
+        tail: tokens before them all; cache: what was read before these, a row for each question. It is used up.
+    """
     before = taps_of(model.config.memory_conv_size, model.config.memory_context_size) - 1
-    rows = [[*q.lead.tolist(), *q.exchange.prompt, *q.exchange.answer] for _, q in group]
+    rows = [[*tail, *q.lead.tolist(), *q.exchange.prompt, *q.exchange.answer] for _, q in group]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.device)
-    out = model.model(ids, use_cache=False).last_hidden_state
+    out = model.model(ids, past_key_values=cache, use_cache=cache is not None).last_hidden_state
     made = []
     for r, (page, q) in enumerate(group):
-        first = len(q.lead) + len(q.exchange.prompt) - 1  # predicts the answer's first token
+        first = len(tail) + len(q.lead) + len(q.exchange.prompt) - 1  # predicts the answer's first token
         stop = first + len(q.exchange.answer)
         missing = max(before - first, 0)
         start = first - before + missing

@@ -360,11 +360,12 @@ class Reading:
         """Mean negative log of the share of each answer token's own slots; ``shares`` ``[reads, pairs]`` a text."""
         features, losses = self.features, []
         for text, share in zip(texts, shares, strict=True):
-            rows = torch.cat([self._left(index, page, facts)[0] for page, facts in text.pages])
+            left = [self._left(index, page, facts) for page, facts in text.pages]
+            rows, strength = (torch.cat(parts) for parts in zip(*left, strict=True))
             ids, before, fact = features.ids[rows], features.ids[(rows - 1).clamp(min=0)], features.fact_of[rows]
             page, first = rows // features.page_size, 0
             for question in text.asked:
-                own = (page == question.page) & (fact == question.fact)
+                own = (page == question.page) & (fact == question.fact) & (strength > 0).any(-1)
                 if question.fact >= 0 and own.any():
                     target, start = question.target, question.value_from
                     # a value's first token follows on whatever words the fact and the answer begin with
@@ -378,11 +379,18 @@ class Reading:
         return torch.cat(losses).mean() if losses and sum(map(len, losses)) else shares[0].sum() * 0
 
     def _left(self, index: int, page: int, facts: frozenset[int]) -> tuple[Tensor, Tensor]:
-        """A page's written tokens and their strength without those of facts that are left out."""
+        """A page's written tokens and their strength without those of facts that are left out; behind each run of
+        them one that is not written, for that is what ends it.
+        """
         rows, strength = self.pairs[index][page]
         fact = self.features.fact_of[rows]
         kept = (fact < 0) | torch.isin(fact, torch.tensor(sorted(facts), dtype=fact.dtype))
-        return rows[kept], strength[kept]
+        rows, strength = rows[kept], strength[kept]
+        ends = F.pad(rows[1:] != rows[:-1] + 1, (0, min(len(rows), 1)), value=True)
+        twice = torch.arange(len(rows)).repeat_interleave(1 + ends.long())
+        end = torch.zeros(len(twice), 1, dtype=torch.bool)
+        end[1:, 0] = twice[1:] == twice[:-1]
+        return rows[twice], strength[twice].masked_fill(end, 0.0)
 
     def _reads(
         self, index: int, memory: MemoryAttention, texts: list[Text]
@@ -448,6 +456,7 @@ class Reading:
         share = memory.read_all(q_all, now, state._replace(M=numbers))  # [texts, reads, heads, slots]
         written = ((beta > 0) & mask[..., None]).transpose(1, 2)  # [texts, memories, pairs]
         slot = most - written.sum(-1, keepdim=True) + written.cumsum(-1) - 1  # what was written last stands last
-        slot = slot.clamp(min=0).repeat_interleave(memory.num_heads // memory.num_key_value_heads, 1)
-        share = share.gather(-1, slot[:, None].expand(*share.shape[:3], -1)).mean(2)
+        groups = memory.num_heads // memory.num_key_value_heads
+        slot, held = (x.repeat_interleave(groups, 1)[:, None] for x in (slot.clamp(min=0), written))
+        share = (share.gather(-1, slot.expand(*share.shape[:3], -1)) * held).mean(2)
         return added, [share[i, :size, : counts[i]] for i, size in enumerate(sizes)]
