@@ -294,7 +294,7 @@ def reading_taps(model):
 @torch.no_grad()
 def all_reads(reading, texts):
     """What both memories add to each text's questions and to its plain tokens."""
-    return [reading._reads(index, memory, texts)[0] for index, memory in reading.model.model.memories.items()]
+    return [reading.reads(index, memory, texts)[0] for index, memory in reading.model.model.memories.items()]
 
 
 def text_of(reading, told, asked, unknown=()):
@@ -351,7 +351,7 @@ def test_the_shares_of_slots_are_those_of_their_pairs(make_reading):
         for some in (pages, pages[:1])
     ]
     for index, memory in reading.model.model.memories.items():
-        added, shares = reading._reads(index, memory, texts)
+        added, shares = reading.reads(index, memory, texts)
         for text, found, share in zip(texts, added, shares, strict=True):
             rows = torch.cat([reading._left(index, *page)[0] for page in text.pages])
             values = memory.embedded(features.ids[rows], reading.embedding)

@@ -330,7 +330,7 @@ class Reading:
         added = [torch.zeros_like(final) for final in finals]
         addressed = []
         for index, memory in self.model.model.memories.items():
-            reads, shares = self._reads(index, memory, texts)
+            reads, shares = self.reads(index, memory, texts)
             added = [a + read for a, read in zip(added, reads, strict=True)]
             addressed += [] if shares is None else [self._addressed(index, texts, shares)]
         final, target, kind = torch.cat(finals), self.place[torch.cat(targets)], torch.cat(kinds)
@@ -392,9 +392,7 @@ class Reading:
         end[1:, 0] = twice[1:] == twice[:-1]
         return rows[twice], strength[twice].masked_fill(end, 0.0)
 
-    def _reads(
-        self, index: int, memory: MemoryAttention, texts: list[Text]
-    ) -> tuple[list[Tensor], list[Tensor] | None]:
+    def reads(self, index: int, memory: MemoryAttention, texts: list[Text]) -> tuple[list[Tensor], list[Tensor] | None]:
         """What the memory adds at each text's answer tokens and plain tokens, ``[n, hidden]`` a text; and of rule
         ``slot`` the share that each read has of each pair, ``[n, pairs]`` a text.
         """
