@@ -17,7 +17,7 @@ from senri.memory import (
 )
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-STEPS, WIDTH = 24, 8
+STEPS, WIDTH = 40, 8  # two query heads a memory: more than 64 queries at once
 STORE = {
     "routed": Routed(orthogonal_basis("random", WIDTH), top_k_memories=3),
     "banks": Banks(3, segments_per_bank=2),

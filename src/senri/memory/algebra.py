@@ -27,18 +27,17 @@ def merge(states: Sequence[MemoryState], weights: Sequence[float] | None = None)
     weights = [1.0] * len(states) if weights is None else weights
     if not states or len(weights) != len(states):
         raise ValueError(f"merge needs at least one state and a weight for each, not {len(states)} and {len(weights)}")
-    for state in states:
+    M = torch.zeros_like(states[0].M)
+    z, written = torch.zeros_like(M[..., 0, :]), torch.zeros_like(states[0].written)
+    for state, weight in zip(states, weights, strict=True):
         if state.z is None or state.M_segment is not None:
             raise ValueError("only memories of rule 'linear' can be added")
-        if state.M.shape != states[0].M.shape:
-            raise ValueError(f"memories of shapes {list(states[0].M.shape)} and {list(state.M.shape)} cannot be added")
+        if state.M.shape != M.shape:
+            raise ValueError(f"memories of shapes {list(M.shape)} and {list(state.M.shape)} cannot be added")
         if state.pending is not None:
             raise ValueError("pairs that are pending cannot be added: write them first (scan with delay=0)")
-    return states[0]._replace(
-        M=sum(w * state.M for w, state in zip(weights, states, strict=True)),
-        z=sum(w * state.z for w, state in zip(weights, states, strict=True)),  # type: ignore[operator, misc]
-        written=sum(state.written for state in states),
-    )
+        M, z, written = M + weight * state.M, z + weight * state.z, written + state.written
+    return MemoryState(M, z, None, None, written)
 
 
 def forget(

@@ -28,9 +28,16 @@ class Chunk(NamedTuple):
 
     def part(self, steps: slice) -> "Chunk":
         """That of some of the steps."""
-        pairs = (None if x is None else x[:, :, steps] for x in self[1:7])
-        reading = None if self.reading is None else self.reading.part(steps)
-        return Chunk(self.q[:, :, :, steps], *pairs, reading=reading)  # type: ignore[arg-type, call-arg]
+        return Chunk(
+            self.q[:, :, :, steps],
+            self.k[:, :, steps],
+            self.v[:, :, steps],
+            self.beta[:, :, steps],
+            None if self.log_alpha is None else self.log_alpha[:, :, steps],
+            None if self.run is None else self.run[:, :, steps],
+            None if self.memory is None else self.memory[:, :, steps],
+            None if self.reading is None else self.reading.part(steps),
+        )
 
 
 class Rule(NamedTuple):
