@@ -180,6 +180,17 @@ def test_an_empty_store_reads_as_exact_zeros(name, rule):
     assert torch.equal(state.M, torch.zeros_like(state.M))
 
 
+@pytest.mark.parametrize(("name", "rule"), PAIRS)
+def test_long_streams_in_half_precision_stay_finite(name, rule):
+    q = 10 * torch.randn(1, 3_000, 1, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    more = {"expand": torch.rand(1, 3_000, 1)} if name == "hierarchical" else {}
+    out, state = scan(q, q, q, rule=rule, segment_size=100, store=STORE[name], **more)
+    assert out.dtype == torch.bfloat16
+    assert state.M.dtype == torch.float32
+    assert out.isfinite().all()
+    assert state.M.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["identity", "hadamard", "random"])
 def test_a_basis_is_orthonormal(kind):
     basis = orthogonal_basis(kind, 16, seed=3)
