@@ -1,11 +1,12 @@
-"""Effective rank: how many directions a memory matrix uses."""
+"""Effective rank and load: how many directions a memory matrix uses, how many pairs of those it can tell apart."""
 
 import math
 
 import pytest
 import torch
 
-from senri.memory.inspect import effective_rank
+from senri.memory import MemoryState
+from senri.memory.inspect import capacity, effective_rank, load
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
@@ -36,3 +37,27 @@ def test_each_matrix_for_itself():
     M[1, 2, 0, 0] = -7
     expected = torch.tensor([[0.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
     torch.testing.assert_close(effective_rank(M), expected)
+
+
+@pytest.mark.parametrize(("value_dim", "key_dim"), [(1, 1), (4, 8), (64, 64), (576, 576)])
+def test_capacity_solves_its_equation(value_dim, key_dim):
+    pairs = capacity(value_dim, key_dim)
+    assert pairs > 1
+    assert pairs * math.log(pairs) == pytest.approx(value_dim * key_dim / 2)
+
+
+def test_random_pairs_are_told_apart_below_the_capacity_and_not_far_above():
+    draw = torch.Generator().manual_seed(0)
+    for share, lowest, highest in ((0.25, 0.99, 1.0), (4.0, 0.0, 0.5)):
+        pairs = int(share * capacity(48, 48))
+        k, v = (torch.nn.functional.normalize(torch.randn(pairs, 48, generator=draw), dim=-1) for _ in range(2))
+        found = ((k @ (k.T @ v)) @ v.T).argmax(-1)
+        assert lowest <= (found == torch.arange(pairs)).float().mean() <= highest
+
+
+def test_load_counts_all_memories_of_a_store():
+    written = torch.tensor([10, 20])
+    single = MemoryState.zeros(2, 3, 8, 16, rule="linear")._replace(written=written)
+    store = MemoryState.zeros(2, 3, 8, 16, rule="linear", num_memories=4)._replace(written=written)
+    torch.testing.assert_close(load(single), written / capacity(8, 16))
+    torch.testing.assert_close(load(store), written / capacity(8, 16) / 4)

@@ -1,4 +1,4 @@
-"""The invariants of the memory core (SPEC section 2) as properties, for every rule, shape and cut."""
+"""The invariants of the memory core (SPEC section 2) as properties, for every store, rule, shape and cut."""
 
 from itertools import pairwise
 
@@ -7,18 +7,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from senri.memory import RULES, MemoryState, SlotParameters, reference, scan
+from senri.memory import (
+    RULES,
+    STORES,
+    Banks,
+    Hierarchical,
+    MemoryState,
+    Multi,
+    Routed,
+    SlotParameters,
+    orthogonal_basis,
+    reference,
+    scan,
+)
 from senri.memory.state import map_tensors, named_tensors
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
-rules = st.sampled_from(sorted(RULES))
+each_store = pytest.mark.parametrize("store", ["single", *STORES])
+
+
+def draw_store(draw, name, key_dim):
+    if name == "routed":
+        kinds = ["identity", "random", *(["hadamard"] if key_dim != 6 else [])]
+        basis = orthogonal_basis(draw(st.sampled_from(kinds)), key_dim)[: draw(st.integers(1, key_dim))]
+        return Routed(basis, top_k_memories=draw(st.integers(1, 9)), routing=draw(st.integers(0, 3)) > 0)
+    if name == "banks":
+        return Banks(draw(st.integers(1, 3)), segments_per_bank=draw(st.integers(1, 3)))
+    return {"multi": Multi, "hierarchical": Hierarchical}[name](draw(st.integers(1, 4)))
 
 
 class Case:
     """Random inputs of one scan; ``draw`` decides shapes and options, a seed the numbers."""
 
-    def __init__(self, draw, rule, dtype=torch.float64, batch=None, steps=None):
-        self.rule = rule
+    def __init__(self, draw, store, dtype=torch.float64, batch=None, steps=None):
+        self.rule = rule = draw(st.sampled_from(sorted(RULES if store == "single" else STORES[store].rules)))
         B = batch or draw(st.integers(1, 3))
         T = steps or draw(st.integers(1, 14))
         H, G = draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -35,9 +57,11 @@ class Case:
             "chunk_size": draw(st.integers(1, 9)),
             "segment_size": draw(st.integers(1, 7)),
         }
+        if store != "single":
+            self.options["store"] = draw_store(draw, store, Dk)
         if RULES[rule].normalised:
             self.options["feature_map"] = draw(st.sampled_from(["elu_plus_one", "dpfp", "hedgehog", None]))
-        self.gates = {}
+        self.gates = {"expand": torch.rand(B, T, H * G, generator=gen, dtype=dtype)} if store == "hierarchical" else {}
         if rule == "slot":
             self.options["num_slots"] = draw(st.integers(1, 9))
             # so that keys of few dimensions are the same in part
@@ -69,10 +93,11 @@ def assert_states_equal(left, right, **tolerance):
         torch.testing.assert_close(left[name], right[name], check_dtype=False, msg=name, **tolerance)
 
 
+@each_store
 @settings(max_examples=60, deadline=None)
-@given(st.data(), rules)
-def test_streaming_equals_parallel(data, rule):
-    case = Case(data.draw, rule)
+@given(st.data())
+def test_streaming_equals_parallel(store, data):
+    case = Case(data.draw, store)
     T = case.q.shape[1]
     whole, final = case.run()
     cuts = sorted({0, T, *data.draw(st.lists(st.integers(0, T), max_size=T))})
@@ -84,10 +109,11 @@ def test_streaming_equals_parallel(data, rule):
     assert_states_equal(state, final, **EXACT)
 
 
+@each_store
 @settings(max_examples=60, deadline=None)
-@given(st.data(), rules)
-def test_fast_path_equals_reference_with_every_gradient(data, rule):
-    case = Case(data.draw, rule, batch=2)
+@given(st.data())
+def test_fast_path_equals_reference_with_every_gradient(store, data):
+    case = Case(data.draw, store, batch=2)
     # a state that already holds something, so that its gradient is tested too
     _, start = Case.run(case)
     start = map_tensors(lambda t: t.detach(), start)
@@ -122,24 +148,26 @@ def test_fast_path_equals_reference_with_every_gradient(data, rule):
         torch.testing.assert_close(grad, grad_ref, rtol=1e-6, atol=1e-7)
 
 
+@each_store
 @settings(max_examples=40, deadline=None)
-@given(st.data(), rules)
-def test_float32_agrees_with_reference(data, rule):
-    case = Case(data.draw, rule, dtype=torch.float32)
+@given(st.data())
+def test_float32_agrees_with_reference(store, data):
+    case = Case(data.draw, store, dtype=torch.float32)
     out, state = case.run()
     out_ref, state_ref = case.run(fn=reference.scan)
     assert out.dtype == torch.float32
     assert state.M.dtype == torch.float32
     # a normaliser near eps amplifies rounding without bound; there only the state is comparable
     torch.testing.assert_close(state.M, state_ref.M.float(), rtol=1e-4, atol=1e-4)
-    if not RULES[rule].normalised or "feature_map" not in case.options or case.options["feature_map"] is None:
+    if not RULES[case.rule].normalised or "feature_map" not in case.options or case.options["feature_map"] is None:
         torch.testing.assert_close(out, out_ref.float(), rtol=1e-3, atol=1e-4)
 
 
+@each_store
 @settings(max_examples=40, deadline=None)
-@given(st.data(), rules)
-def test_causality(data, rule):
-    case = Case(data.draw, rule)
+@given(st.data())
+def test_causality(store, data):
+    case = Case(data.draw, store)
     T = case.q.shape[1]
     t = data.draw(st.integers(0, T - 1))
     before, _ = case.run()
@@ -159,10 +187,11 @@ def test_causality(data, rule):
         torch.testing.assert_close(before[:, t + 1 : t + delay], after[:, t + 1 : t + delay], rtol=0, atol=1e-12)
 
 
+@each_store
 @settings(max_examples=40, deadline=None)
-@given(st.data(), rules)
-def test_rows_are_independent_and_padding_is_never_written(data, rule):
-    case = Case(data.draw, rule)
+@given(st.data())
+def test_rows_are_independent_and_padding_is_never_written(store, data):
+    case = Case(data.draw, store)
     case.gates.pop("mask", None)
     B, T = case.q.shape[:2]
     pads = data.draw(st.lists(st.integers(0, T - 1), min_size=B, max_size=B))
@@ -176,11 +205,12 @@ def test_rows_are_independent_and_padding_is_never_written(data, rule):
         assert_states_equal(got, alone_state._replace(pending=None), **EXACT)
 
 
+@each_store
 @settings(max_examples=40, deadline=None)
-@given(st.data(), rules)
-def test_packed_documents_never_mix(data, rule):
+@given(st.data())
+def test_packed_documents_never_mix(store, data):
     lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
-    case = Case(data.draw, rule, batch=1, steps=sum(lengths))
+    case = Case(data.draw, store, batch=1, steps=sum(lengths))
     case.gates.pop("mask", None)
     bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     for fn in (scan, reference.scan):
@@ -191,14 +221,17 @@ def test_packed_documents_never_mix(data, rule):
             torch.testing.assert_close(states.M[n : n + 1], state.M, **EXACT)
 
 
+@each_store
 @settings(max_examples=40, deadline=None)
-@given(st.data(), rules)
-def test_window_and_memory_partition_the_past(data, rule):
+@given(st.data())
+def test_window_and_memory_partition_the_past(store, data):
     """Token s influences output t through the memory exactly when it lies outside the window (t - W, t]."""
-    case = Case(data.draw, rule, batch=1)
+    case = Case(data.draw, store, batch=1)
     case.gates.pop("mask", None)
     case.options["delay"] = W = data.draw(st.integers(1, 5))
     case.options["feature_map"] = None  # DPFP can map two vectors to exactly orthogonal ones
+    if store == "routed":  # what is not selected has no influence
+        case.options["store"] = Routed(case.options["store"].basis)
     T = case.q.shape[1]
     v = case.v.clone().requires_grad_()
     out, _ = scan(case.q, case.k, v, **case.gates, **case.options)
@@ -211,17 +244,18 @@ def test_window_and_memory_partition_the_past(data, rule):
         assert grad[0, T - 1 - W].abs().sum() > 0
 
 
+@each_store
 @settings(max_examples=30, deadline=None)
-@given(st.data(), rules)
-def test_delay_is_a_shift_of_the_stream(data, rule):
+@given(st.data())
+def test_delay_is_a_shift_of_the_stream(store, data):
     """scan(delay=W) equals scan(delay=0) with the queries W steps ahead: one memory, read later."""
-    case = Case(data.draw, rule)
+    case = Case(data.draw, store)
     W, T = case.options["delay"], case.q.shape[1]
     out, _ = case.run()
     kept = max(T - W, 0)
     expected = torch.zeros_like(out)
     if kept:
-        gates = {n: g[:, W:] if n == "null" else g[:, :kept] for n, g in case.gates.items()}
+        gates = {n: g[:, W:] if n in ("null", "expand") else g[:, :kept] for n, g in case.gates.items()}
         expected[:, W:], _ = scan(
             case.q[:, W:], case.k[:, :kept], case.v[:, :kept], **gates, **{**case.options, "delay": 0}
         )

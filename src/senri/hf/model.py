@@ -17,7 +17,7 @@ from senri.hf.cache import LayerState, ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.decoder import AttentionPlan, SenriDecoderLayer, SenriRotaryEmbedding
 from senri.layers import MemoryAttention, MemoryLayerState, MemoryStream, new_sinks, sinks_behind, taps_of, window_plan
-from senri.memory.scan import unpack_index
+from senri.memory.stream import unpack_index
 
 INFERENCE_PIECE = 2048  # tokens of one pass without gradient: bounds the activations of a long prompt
 SURPRISE_BLOCK = 512  # tokens whose logits exist at once while the surprise is computed

@@ -7,17 +7,26 @@ Shapes, everywhere in this package: ``B`` batch, ``T`` tokens, ``H`` heads, ``G`
 from senri.memory import reference
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
 from senri.memory.rules import RULES, SlotParameters
-from senri.memory.scan import delay_line, read, scan
+from senri.memory.scan import read, scan
 from senri.memory.state import MemoryState, Pending
+from senri.memory.stores import STORES, Banks, Hierarchical, Multi, Routed, Store, orthogonal_basis
+from senri.memory.stream import delay_line
 
 __all__ = [
     "FEATURE_MAPS",
     "RULES",
+    "STORES",
+    "Banks",
+    "Hierarchical",
     "MemoryState",
+    "Multi",
     "Pending",
+    "Routed",
     "SlotParameters",
+    "Store",
     "delay_line",
     "feature_dim",
+    "orthogonal_basis",
     "read",
     "reference",
     "scan",

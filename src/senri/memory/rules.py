@@ -7,9 +7,11 @@ Within a chunk each step writes its pair, then reads (the delay lies outside, in
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from senri.memory.state import Slots
+from senri.memory.stores import Reading
 
 
 class Chunk(NamedTuple):
@@ -21,6 +23,21 @@ class Chunk(NamedTuple):
     beta: Tensor  # [B, H, C]
     log_alpha: Tensor | None  # [B, H, C], <= 0
     run: Tensor | None = None  # [B, H, C] int64: the run that a written pair belongs to; only for rule slot
+    memory: Tensor | None = None  # [B, H, C] int64: where a store writes the pair
+    reading: Reading | None = None  # how a store's memories are read
+
+    def part(self, steps: slice) -> "Chunk":
+        """That of some of the steps."""
+        return Chunk(
+            self.q[:, :, :, steps],
+            self.k[:, :, steps],
+            self.v[:, :, steps],
+            self.beta[:, :, steps],
+            None if self.log_alpha is None else self.log_alpha[:, :, steps],
+            None if self.run is None else self.run[:, :, steps],
+            None if self.memory is None else self.memory[:, :, steps],
+            None if self.reading is None else self.reading.part(steps),
+        )
 
 
 class Rule(NamedTuple):
@@ -98,7 +115,7 @@ def additive_chunk(
     Returns:
         output ``[B, H, G, C, Dv]``, the new ``M`` and ``z``.
     """
-    q, k, v, beta, log_alpha, _ = chunk
+    q, k, v, beta, log_alpha, *_ = chunk
     if M_segment is not None and z_segment is not None:
         known = k @ M_segment.mT
         v = v - known / (k @ z_segment[..., None]).clamp(min=eps)
@@ -114,8 +131,74 @@ def additive_chunk(
     return numerator / denominator.clamp(min=eps), M, z
 
 
-def read_only(M: Tensor, z: Tensor | None, q: Tensor, eps: float) -> Tensor:
-    """The output of a chunk in which nothing is written: ``[B, H, G, C, Dv]``."""
+def divided_chunk(
+    M: Tensor, z: Tensor, chunk: Chunk, M_segment: Tensor | None, z_segment: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`additive_chunk` of a store: each pair is written to one memory and, by ``delta``, corrected against it.
+
+    Which memory is one-hot, so all is matrix products; the largest read from, and write to, all memories.
+
+    Args:
+        M: ``[B, H, n, Dv, F]``; z: ``[B, H, n, F]``; their snapshots likewise.
+    """
+    q, k, v, beta, log_alpha, _, memory, reading = chunk
+    assert memory is not None
+    assert reading is not None
+    own = F.one_hot(memory, M.shape[2]).to(k.dtype)  # [B, H, C, n]
+    if M_segment is not None and z_segment is not None:
+        v = v - _weighted_read(M_segment, k, own / (k @ z_segment.mT).clamp(min=eps))
+    decay = _decay(log_alpha)
+    written = k * beta[..., None]
+    scores = _scale((q @ written[:, :, None].mT).tril(), _group(decay.pair))
+    q_start = _scale(q, _rows(_group(decay.start)))
+    weights = reading.weights(q_start @ z[:, :, None].mT + scores @ own[:, :, None], eps)
+    out = _grouped_read(M, q_start, weights) + scores * (weights @ own[:, :, None].mT) @ v[:, :, None]
+    to_end = _scale(written, _rows(decay.end))
+    divided = (own[..., None] * v[..., None, :]).flatten(3)  # [B, H, C, n Dv]
+    M = _scale(M, _rows(_rows(_rows(decay.total)))) + (divided.mT @ to_end).unflatten(2, M.shape[2:4])
+    z = _scale(z, _rows(_rows(decay.total))) + own.mT @ to_end
+    return out, M, z
+
+
+def divided_delta_chunk(M: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """:func:`delta_chunk` of a store, read as the sum of its memories: heads of which each is written its own pairs.
+
+    Args:
+        M: ``[B, H, n, Dv, F]``.
+    """
+    assert chunk.memory is not None
+    size = M.shape[2]
+    own = F.one_hot(chunk.memory, size).to(M.dtype).mT  # [B, H, n, C]
+    q, k, v, beta, log_alpha = (None if x is None else x.repeat_interleave(size, 1) for x in chunk[:5])
+    heads = Chunk(q, k, v, beta * own.flatten(1, 2), log_alpha)  # type: ignore[arg-type, operator]
+    out, M = delta_chunk(M.flatten(1, 2), heads)
+    return out.unflatten(1, (-1, size)).sum(2), M.unflatten(1, (-1, size))
+
+
+def _grouped_read(M: Tensor, q: Tensor, weights: Tensor) -> Tensor:
+    """:func:`_weighted_read` for ``q`` ``[B, H, G, C, F]`` and weights ``[B, H, G, C, n]``: ``[B, H, G, C, Dv]``."""
+    return _weighted_read(M, q.flatten(2, 3), weights.flatten(2, 3)).unflatten(2, q.shape[2:4])
+
+
+def _weighted_read(M: Tensor, q: Tensor, weights: Tensor) -> Tensor:
+    """``sum_i w_i M_i q`` of ``q`` ``[B, H, N, F]`` and weights ``[B, H, N, n]``: ``[B, H, N, Dv]``.
+
+    64 queries at once: the reads of all memories, of which the weights make one, are ``n Dv`` numbers a query.
+    """
+    matrix = M.flatten(2, 3).mT  # [B, H, F, n Dv]
+    parts = [
+        some[..., None, :] @ (queries @ matrix).unflatten(-1, M.shape[2:4])
+        for queries, some in zip(q.split(64, 2), weights.split(64, 2), strict=True)
+    ]
+    return torch.cat(parts, 2)[..., 0, :]
+
+
+def read_only(M: Tensor, z: Tensor | None, q: Tensor, eps: float, reading: Reading | None = None) -> Tensor:
+    """The output of a chunk in which nothing is written: ``[B, H, G, C, Dv]``; ``reading`` that of a store."""
+    if reading is not None and z is not None:
+        return _grouped_read(M, q, reading.weights(q @ z[:, :, None].mT, eps))
+    if reading is not None:
+        M = M.sum(2)
     out = q @ M[:, :, None].mT
     return out if z is None else out / (q @ z[:, :, None, :, None]).clamp(min=eps)
 
@@ -127,7 +210,7 @@ def delta_chunk(M: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
     Returns:
         output ``[B, H, G, C, Dv]`` and the new ``M``.
     """
-    q, k, v, beta, log_alpha, _ = chunk
+    q, k, v, beta, log_alpha, *_ = chunk
     decay = _decay(log_alpha)
     overlap = _scale(k @ k.mT * beta[..., None], decay.pair)
     eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device)
@@ -162,7 +245,7 @@ def slot_chunk(
     Returns:
         output ``[B, H, G, C, Dv]``, the new ``M`` and slots (``running`` is left as it was).
     """
-    _, k, v, beta, _, run = chunk
+    _, k, v, beta, _, run, *_ = chunk
     assert run is not None
     beta = torch.where(beta > 0, beta, 0.0)  # what is not written has no gradient either
     num_slots, steps = M.shape[-1], k.shape[-2]

@@ -16,18 +16,15 @@ from senri.memory.rules import (
     SlotParameters,
     additive_chunk,
     delta_chunk,
+    divided_chunk,
+    divided_delta_chunk,
     read_only,
     slot_chunk,
     slot_read_only,
 )
-from senri.memory.state import MemoryState, Pending, Slots
-
-
-def delay_line(queue: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Push ``new`` ``[B, T, ...]`` into ``queue`` ``[B, W, ...]``: returns the T oldest, and the W newest."""
-    both = torch.cat([queue, new], dim=1)
-    steps = new.shape[1]
-    return both[:, :steps], both[:, steps:]
+from senri.memory.state import MemoryState, Pending
+from senri.memory.stores import Reading, Store, check_store
+from senri.memory.stream import delayed, runs, segment_begins, segments, unpack_index
 
 
 def scan(
@@ -49,6 +46,8 @@ def scan(
     num_slots: int = 64,
     slot: SlotParameters | None = None,
     null: Tensor | None = None,
+    store: Store | None = None,
+    expand: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Causal linear attention over the delayed stream: step ``t`` writes pair ``t - delay``, then reads with ``q_t``.
 
@@ -70,42 +69,56 @@ def scan(
         eps: lower bound of the normaliser.
         num_slots: N of rule ``slot``, for a state that starts empty; slot: its parameters, None takes defaults.
         null: ``[B, T, Hq]``, for rule ``slot``: each query's logit of finding nothing; None: 0.
+        store: several memories a head (see ``stores.py``); None: one.
+        expand: ``[B, T, Hq]`` in [0, 1], for store ``hierarchical``: how far each query goes from coarse to fine.
 
     Returns:
         output ``[B, T, Hq, Dv]`` in ``v``'s dtype, and the new state. An empty memory reads as exact zeros.
 
     Raises:
-        ValueError: unknown rule or feature map, shapes that do not fit, ``log_alpha`` for ``delta_token``, a state made
-            with another rule, delay, number of rows or other gates.
+        ValueError: unknown rule or feature map, shapes that do not fit, ``log_alpha`` for ``delta_token``, a rule that
+            the store does not work with, a state made with another rule, store, delay, number of rows or other gates.
     """
     _check(q, k, v, rule, delay, chunk_size, segment_size, log_alpha, feature_map, cu_seqlens)
+    check_store(store, rule, expand)
     options = {
         "rule": rule,
         "chunk_size": chunk_size,
         "segment_size": segment_size,
         "feature_map": feature_map,
         "eps": eps,
+        "slot": slot,
+        "store": store,
     }
     documents = None
     if cu_seqlens is not None:  # one row a document, right-padded; packed again below
         index, documents = unpack_index(cu_seqlens)
         q, k, v = q[0][index], k[0][index], v[0][index]
-        beta, log_alpha, mask, null = (None if x is None else x[0][index] for x in (beta, log_alpha, mask, null))
+        beta, log_alpha, mask = (None if x is None else x[0][index] for x in (beta, log_alpha, mask))
+        null, expand = (None if x is None else x[0][index] for x in (null, expand))
         mask = documents if mask is None else mask.bool() & documents
     batch_size, steps, num_heads, key_dim = k.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if state is None:
         width = feature_dim(feature_map or RULES[rule].feature_map, key_dim)
         state = MemoryState.zeros(
-            batch_size, num_heads, v.shape[-1], width, rule=rule, num_slots=num_slots, dtype=dtype, device=q.device
+            batch_size,
+            num_heads,
+            v.shape[-1],
+            width,
+            rule=rule,
+            num_slots=num_slots,
+            num_memories=None if store is None else store.size,
+            dtype=dtype,
+            device=q.device,
         )
-    _check_state(state, rule, delay, batch_size, (beta is not None, log_alpha is not None))
+    _check_state(state, rule, store, delay, batch_size, (beta is not None, log_alpha is not None))
     valid = torch.ones(batch_size, steps, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
     stream, pending = Pending(k, v, beta, log_alpha, valid), None
     if delay:
-        stream, pending = _delay(state.pending, stream, delay, documents)
+        stream, pending = delayed(state.pending, stream, delay, documents)
     with torch.autocast(q.device.type, enabled=False):  # it would run the state's arithmetic in half precision
-        out, state = _scan(q, stream, state, dtype=dtype, slot=slot, null=null, **options)  # type: ignore[arg-type]
+        out, state = _scan(q, stream, state, dtype=dtype, null=null, expand=expand, **options)  # type: ignore[arg-type]
     if documents is not None:
         out = out[documents][None]
     return out.to(v.dtype), state._replace(pending=pending)
@@ -120,23 +133,50 @@ def read(
     eps: float = 1e-6,
     slot: SlotParameters | None = None,
     null: Tensor | None = None,
+    store: Store | None = None,
+    expand: Tensor | None = None,
+    segment_size: int = 2048,
 ) -> Tensor:
     """What the queries ``[B, T, Hq, Dk]`` find in a memory that is not written meanwhile: ``[B, T, Hq, Dv]``.
 
     As :func:`scan` whose every pair is masked, at the cost of the reads alone; the pairs pending in ``state`` stay so.
     """
+    check_store(store, rule, expand)
     sigma = FEATURE_MAPS[feature_map or RULES[rule].feature_map]
     num_heads = state.M.shape[1]
+    q = q.to(state.M.dtype)
     nothing = _null(null, q, num_heads, state.M.dtype)
-    q = _queries(sigma(q.to(state.M.dtype)), num_heads, RULES[rule].normalised)
-    out = _read_only(state, q, eps, nothing, _parameters(slot, num_heads, q))
+    reading = None
+    if store is not None:
+        nothing_new = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
+        reading = store.reading(q, segments(nothing_new, state.written, segment_size), num_heads, expand)
+    q = _queries(sigma(q), num_heads, RULES[rule].normalised)
+    out = _read_only(state, q, reading, eps, nothing, _parameters(slot, num_heads, q))
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _read_only(state: MemoryState, q: Tensor, eps: float, null: Tensor, slot: SlotParameters) -> Tensor:
+def _read_only(
+    state: MemoryState, q: Tensor, reading: Reading | None, eps: float, null: Tensor, slot: SlotParameters
+) -> Tensor:
     if state.slots is not None:
         return slot_read_only(state.M, state.slots, q, null, slot.sharpness)
-    return read_only(state.M, state.z, q, eps)
+    return read_only(state.M, state.z, q, eps, reading)
+
+
+def _write_and_read(
+    state: MemoryState, chunk: Chunk, eps: float, null: Tensor, slot: SlotParameters
+) -> tuple[Tensor, MemoryState]:
+    M, z, M_segment, z_segment = state[:4]
+    if state.slots is not None:
+        out, M, slots = slot_chunk(M, state.slots, chunk, null, slot)
+        return out, state._replace(M=M, slots=slots)
+    if z is not None:
+        additive = additive_chunk if chunk.reading is None else divided_chunk
+        out, M, z = additive(M, z, chunk, M_segment, z_segment, eps)
+        return out, state._replace(M=M, z=z)
+    delta = delta_chunk if chunk.reading is None else divided_delta_chunk
+    out, M = delta(M, chunk)
+    return out, state._replace(M=M)
 
 
 def _parameters(slot: SlotParameters | None, num_heads: int, like: Tensor) -> SlotParameters:
@@ -188,12 +228,16 @@ def _check(
         raise ValueError("cu_seqlens needs one packed row (B = 1), must begin at 0 and end at its number of tokens")
 
 
-def _check_state(state: MemoryState, rule: str, delay: int, batch_size: int, gates: tuple[bool, bool]) -> None:
-    """A state goes on only with the rule, delay, rows and gates that it was made with."""
+def _check_state(
+    state: MemoryState, rule: str, store: Store | None, delay: int, batch_size: int, gates: tuple[bool, bool]
+) -> None:
+    """A state goes on only with the rule, number of memories, delay, rows and gates that it was made with."""
     kind = RULES[rule]
     mine = (kind.normalised, kind.segmented, rule == "slot")
     if mine != (state.z is not None, state.M_segment is not None, state.slots is not None):
         raise ValueError(f"the state was made by another rule than {rule!r}")
+    if state.M.shape[2:-2] != (() if store is None else (store.size,)):
+        raise ValueError(f"the state was made with another store: its M is {list(state.M.shape)}")
     if state.M.shape[0] != batch_size:
         raise ValueError(f"the state has {state.M.shape[0]} row(s), the input {batch_size}")
     pending = state.pending
@@ -201,30 +245,6 @@ def _check_state(state: MemoryState, rule: str, delay: int, batch_size: int, gat
         raise ValueError(f"the state was made with delay={pending.valid.shape[1]}, not {delay}")
     if pending is not None and (pending.beta is not None, pending.log_alpha is not None) != gates:
         raise ValueError("the state was made with other gates: give beta and log_alpha in every call or in none")
-
-
-def _delay(queue: Pending | None, new: Pending, delay: int, documents: Tensor | None) -> tuple[Pending, Pending]:
-    """The pairs that leave at each step, and those still pending; ``documents`` ``[B, T]`` marks each row's length."""
-    leaving: list[Tensor | None] = []
-    kept: list[Tensor | None] = []
-    for i, tensor in enumerate(new):
-        old = queue[i] if queue is not None else None
-        if tensor is None:
-            leaving.append(None)
-            kept.append(None)
-            continue
-        if old is None:
-            old = tensor.new_zeros(tensor.shape[0], delay, *tensor.shape[2:])
-        out, rest = delay_line(old, tensor)
-        if documents is not None:  # nothing leaves after a document's end
-            ends = documents.sum(1, keepdim=True) + torch.arange(delay, device=tensor.device)
-            rest = torch.cat([old, tensor], 1)[torch.arange(len(ends), device=tensor.device)[:, None], ends]
-        leaving.append(out)
-        kept.append(rest)
-    stream = Pending(*leaving)  # type: ignore[arg-type]
-    if documents is not None:
-        stream = stream._replace(valid=stream.valid & documents)
-    return stream, Pending(*kept)  # type: ignore[arg-type]
 
 
 def _scan(
@@ -240,48 +260,51 @@ def _scan(
     dtype: torch.dtype,
     slot: SlotParameters | None,
     null: Tensor | None,
+    store: Store | None,
+    expand: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:
     """Walk the chunks of one call; all tensors heads first from here on."""
     kind = RULES[rule]
-    steps = q.shape[1]
+    steps, num_heads = q.shape[1], stream.k.shape[2]
     whole = _prepare(q, stream, kind.normalised, feature_map or kind.feature_map, dtype)
-    M, z, M_segment, z_segment, slots = state.M, state.z, state.M_segment, state.z_segment, state.slots
-    parameters = _parameters(slot, M.shape[1], M)
-    nothing = _null(null, q, M.shape[1], dtype)
-    begins = _segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
-    if slots is not None:
-        run, slots = _runs(whole.beta, stream, slots)
-        whole = whole._replace(run=run)
+    parameters = _parameters(slot, num_heads, state.M)
+    nothing = _null(null, q, num_heads, dtype)
+    written = state.written + stream.valid.sum(1)
+    begins = segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
+    if state.slots is not None:
+        run, slots = runs(whole.beta, stream, state.slots)
+        whole, state = whole._replace(run=run), state._replace(slots=slots)
+    if store is not None:
+        segment = segments(stream.valid, state.written, segment_size)
+        memory = store.assign(stream.k.to(dtype), segment)
+        whole = whole._replace(memory=memory, reading=store.reading(q.to(dtype), segment, num_heads, expand))
     outputs = []
     for start, stop, writes in _chunks(whole, sorted({*range(0, steps, chunk_size), *begins, steps}), begins):
         part = slice(start, stop)
-        chunk = Chunk(
-            whole.q[:, :, :, part],
-            whole.k[:, :, part],
-            whole.v[:, :, part],
-            whole.beta[:, :, part],
-            None if whole.log_alpha is None else whole.log_alpha[:, :, part],
-            None if whole.run is None else whole.run[:, :, part],
-        )
-        if start in begins and z is not None and M_segment is not None and z_segment is not None:
-            rows = begins[start][:, None, None]
-            M_segment = torch.where(rows[..., None], M, M_segment)
-            z_segment = torch.where(rows, z, z_segment)
-        if not writes:
-            out = _read_only(state._replace(M=M, z=z, slots=slots), chunk.q, eps, nothing[:, :, :, part], parameters)
-        elif slots is not None:
-            out, M, slots = slot_chunk(M, slots, chunk, nothing[:, :, :, part], parameters)
-        elif z is not None:
-            out, M, z = additive_chunk(M, z, chunk, M_segment, z_segment, eps)
+        chunk = whole.part(part)
+        if start in begins:
+            state = _begin_segment(state, begins[start])
+        if writes:
+            out, state = _write_and_read(state, chunk, eps, nothing[:, :, :, part], parameters)
         else:
-            out, M = delta_chunk(M, chunk)
+            out = _read_only(state, chunk.q, chunk.reading, eps, nothing[:, :, :, part], parameters)
         outputs.append(out)
-    written = state.written + stream.valid.sum(1)
+    state = state._replace(written=written)
     if not outputs:
-        return q.new_zeros(*q.shape[:3], stream.v.shape[-1]), state._replace(written=written)
+        return q.new_zeros(*q.shape[:3], stream.v.shape[-1]), state
     out = torch.cat(outputs, dim=3)  # [B, H, G, T, Dv]
-    out = out.permute(0, 3, 1, 2, 4).reshape(q.shape[0], steps, q.shape[2], -1)
-    return out, MemoryState(M, z, M_segment, z_segment, written, slots=slots)
+    return out.permute(0, 3, 1, 2, 4).reshape(q.shape[0], steps, q.shape[2], -1), state
+
+
+def _begin_segment(state: MemoryState, rows: Tensor) -> MemoryState:
+    """The snapshot of rule ``delta``, renewed in some of the rows ``[B]``."""
+    assert state.z is not None
+    assert state.M_segment is not None
+    assert state.z_segment is not None
+    return state._replace(
+        M_segment=torch.where(rows.view(-1, *[1] * (state.M.dim() - 1)), state.M, state.M_segment),
+        z_segment=torch.where(rows.view(-1, *[1] * (state.z.dim() - 1)), state.z, state.z_segment),
+    )
 
 
 def _chunks(whole: Chunk, cuts: list[int], begins: Container[int]) -> Iterator[tuple[int, int, bool]]:
@@ -315,33 +338,3 @@ def _prepare(q: Tensor, stream: Pending, normalised: bool, feature_map: str, dty
     beta = valid.expand(-1, -1, num_heads) if stream.beta is None else stream.beta.to(dtype) * valid
     log_alpha = None if stream.log_alpha is None else (stream.log_alpha.to(dtype) * valid).transpose(1, 2)
     return Chunk(q, k.transpose(1, 2), v.transpose(1, 2), beta.transpose(1, 2), log_alpha)
-
-
-def _runs(beta: Tensor, stream: Pending, slots: Slots) -> tuple[Tensor, Slots]:
-    """The run that each pair belongs to ``[B, H, T]``, and the slots that know whether the last one goes on.
-
-    Tokens written one after the other are a run. Without a write gate each token is one: all of a text is no value.
-    """
-    writes = beta > 0
-    steps = torch.arange(writes.shape[-1], device=writes.device).expand(len(writes), -1)
-    newest = torch.where(stream.valid, steps, -1).cummax(-1).values  # [B, T] the last token that is no padding
-    before = F.pad(newest, (1, 0), value=-1)[:, None].expand(-1, writes.shape[1], -1)  # and before each step
-    after = torch.where(before < 0, slots.running[..., None], F.pad(writes, (0, 1)).gather(-1, before.clamp(min=0)))
-    begins = writes & ~after[..., :-1] if stream.beta is not None else writes
-    run = slots.run[..., -1:] + begins.cumsum(-1)  # what was written last stands last
-    return run, slots._replace(running=after[..., -1])
-
-
-def _segment_begins(valid: Tensor, written: Tensor, segment_size: int) -> dict[int, Tensor]:
-    """Steps at which some row begins a segment -> which rows ``[B]``. Rows may differ: padding is not counted."""
-    index = written[:, None] + valid.cumsum(1) - 1
-    begins = valid & (index % segment_size == 0)
-    return {int(t): begins[:, t] for t in begins.any(0).nonzero().flatten()}
-
-
-def unpack_index(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """``[N, L]`` token index of each document, right-padded with its last token, and which entries are real."""
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    steps = torch.arange(int((ends - starts).max()), device=cu_seqlens.device)
-    index = starts[:, None] + steps
-    return torch.minimum(index, ends[:, None] - 1), index < ends[:, None]

@@ -73,7 +73,10 @@ class Slots(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """One associative memory per head. float32, or float64 when the inputs are float64."""
+    """One associative memory per head, or the n memories of a store. float32, or float64 when the inputs are float64.
+
+    With a store, ``M``, ``z`` and their snapshots have n behind H: ``[B, H, n, Dv, F]`` and ``[B, H, n, F]``.
+    """
 
     M: Tensor  # [B, H, Dv, F]: sum of v (x) sigma(k); F is the feature map's width. Rule slot: [B, H, Dv, N] values
     z: Tensor | None  # [B, H, F]: sum of sigma(k); only for rules that normalise (linear, delta)
@@ -93,10 +96,14 @@ class MemoryState(NamedTuple):
         *,
         rule: str,
         num_slots: int = 64,
+        num_memories: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> MemoryState:
-        """An empty memory for ``rule``; ``key_dim`` is the feature map's output width, ``num_slots`` for rule slot."""
+        """An empty memory for ``rule``; ``key_dim`` is the feature map's output width, ``num_slots`` for rule slot.
+
+        ``num_memories``: n of a store; None: no store.
+        """
         if rule == "slot":
             M = torch.zeros(batch_size, num_heads, value_dim, num_slots, dtype=dtype, device=device)
             slots = Slots(
@@ -106,8 +113,9 @@ class MemoryState(NamedTuple):
                 M.new_zeros(batch_size, num_heads, dtype=torch.bool),
             )
             return cls(M, None, None, None, torch.zeros(batch_size, dtype=torch.long, device=device), slots=slots)
-        M = torch.zeros(batch_size, num_heads, value_dim, key_dim, dtype=dtype, device=device)
-        z = torch.zeros(batch_size, num_heads, key_dim, dtype=dtype, device=device)
+        memories = (batch_size, num_heads) if num_memories is None else (batch_size, num_heads, num_memories)
+        M = torch.zeros(*memories, value_dim, key_dim, dtype=dtype, device=device)
+        z = torch.zeros(*memories, key_dim, dtype=dtype, device=device)
         written = torch.zeros(batch_size, dtype=torch.long, device=device)
         if rule == "linear":
             return cls(M, z, None, None, written)
