@@ -21,6 +21,9 @@ CASES = [
     {**HEAD, "memory_context_size": 5},
     {**HEAD, "memory_conv_size": 3},
     {**HEAD, "write_gate": "none"},
+    {**HEAD, "update_rule": "slot", "memory_num_slots": 7},
+    {**HEAD, "update_rule": "slot", "memory_context_size": 5, "num_memory_layers": 1},
+    {**HEAD, "update_rule": "slot", "write_gate": "none"},
     *({**HEAD, "update_rule": rule, "write_gate": gate} for rule in ("linear", "delta", "gated_delta")
       for gate in ("none", "hidden")),
     {**HEAD, "sliding_window_size": 1},
@@ -66,6 +69,26 @@ def test_reading_ends_in_the_state_of_a_forward(make_senri, tokens, options, ste
     cuts = sorted(chance.sample(range(1, steps), min(5, steps - 1)))
     for cut in ([], [1] if steps > 1 else [], cuts, range(1, steps)):
         cache = read(model, ids, cut)
+        model.model.catch_up(cache)
+        assert_same(cache, whole)
+
+
+@pytest.mark.parametrize("rule", ["delta_token", "linear", "slot"])
+@torch.no_grad()
+def test_what_a_closed_gate_leaves_out_is_left_out_of_both(make_senri, tokens, rule):
+    """Reading computes the written pairs alone, and where a run of them ends."""
+    model, ids = make_senri(**{**HEAD, "update_rule": rule, "memory_num_slots": 40}), tokens(2, STEPS)
+    for memory in model.model.memories.values():
+        memory.write_gate.out_proj.weight.mul_(30)
+        memory.write_gate.out_proj.bias.zero_()
+    whole = model.model.new_cache()
+    model(ids, past_key_values=whole)
+    if rule == "slot":
+        states = [layer.memory.memory.slots for layer in whole.state.layers if layer.memory is not None]
+        assert all(slots.run.amax() > 3 for slots in states), "several runs"
+        assert any((slots.strength > 0).sum() > slots.run.amax(-1).sum() for slots in states), "of several tokens"
+    for cuts in ([], [1], [13, 14, 30], range(1, STEPS)):
+        cache = read(model, ids, cuts)
         model.model.catch_up(cache)
         assert_same(cache, whole)
 
