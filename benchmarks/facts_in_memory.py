@@ -25,6 +25,7 @@ from senri.training.settings import FeatureSettings
 
 STREAMS, SEED = 12, 12345  # a third of the streams has no facts
 QUESTIONS, BATCH = 160, 8
+END = 2  # tokens behind the value: the full stop, and the line's or the turn's end
 Told = dict[int, set[int]]  # page -> its facts that are told
 Choose = Callable[[AskedFeatures], Told | None]
 
@@ -96,7 +97,8 @@ def right(reading: Reading, choose: Choose, rng: Random) -> tuple[int, int]:
         for text, added in zip(group, reading.reads(index, memory, group)[0], strict=True):
             (question,) = text.asked
             said = ((question.final.float() + added[: len(question.target)]) @ embedding.T).argmax(-1)
-            hits += bool((said == question.target)[question.value_from :].all())
+            value = slice(question.value_from, -END if len(question.target) - question.value_from > END else None)
+            hits += bool((said == question.target)[value].all())
     return hits, len(texts)
 
 
