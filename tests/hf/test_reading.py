@@ -67,6 +67,8 @@ def test_reading_computes_no_logits(make_senri, tokens, monkeypatch):
     model = make_senri()
     monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("logits that nobody asked for"))
     read(model, tokens(1, 30))
+    with pytest.raises(pytest.fail.Exception, match="logits that nobody asked for"):
+        model(tokens(1, 30))
 
 
 def test_reading_goes_on_in_an_open_session(make_senri, tokens):

@@ -207,6 +207,20 @@ def test_an_emptied_memory_is_one_that_holds_nothing(make_senri, tokens, options
 
 
 @torch.no_grad()
+def test_flush_ends_the_run_of_slots(make_senri, tokens):
+    """The last token of a text and the first of the next are not one value."""
+    model = make_senri(update_rule="slot", memory_readout="head", write_gate="hidden")  # its gates stay open
+    cache = model(tokens(1, 20)).past_key_values
+    before = [layer.memory.memory.slots for layer in cache.state.layers if layer.memory is not None]
+    assert all(slots.running.all() for slots in before)
+    model.model.flush(cache)
+    model(tokens(1, 25, seed=2), past_key_values=cache)
+    for old, layer in zip(before, [x for x in cache.state.layers if x.memory is not None], strict=True):
+        slots = layer.memory.memory.slots
+        assert (slots.run.amax(-1) > old.run.amax(-1)).all(), "the next text is written in another run"
+
+
+@torch.no_grad()
 def test_flush_ends_the_sinks_too(make_senri, tokens):
     """Without a memory, what follows is a text of its own, row by row."""
     model, ids, more = make_senri(num_memory_layers=0, num_sink_tokens=2), tokens(2, 20), tokens(2, 25, seed=2)

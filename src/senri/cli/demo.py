@@ -94,6 +94,11 @@ def planted_text(session: Session, limit: int | None) -> tuple[list[int], list[i
     tokens = itertools.chain.from_iterable(iter_tokens(iter_bible(), session.tokenizer))
     facts = [tuple(encode(session.tokenizer, f" {fact.told}")) for fact in FACTS]
     planted = sum(map(len, facts))
+    if limit is not None and limit < 2 * planted:
+        raise ValueError(
+            f"the demo plants {planted} tokens of facts, {limit} do not hold them: set demo.num_tokens in "
+            f"experiment.yaml to {2 * planted} at least"
+        )
     text = np.fromiter(tokens if limit is None else itertools.islice(tokens, limit - planted), dtype=np.int32)
     length = len(text) + planted
     stretch = Stretch(text, BookHaystack([], session.tokenizer).cuts(text), "King James Bible")

@@ -283,7 +283,7 @@ class SenriModel(SenriPreTrainedModel):
             if memory is not None:
                 blank = memory.recent.new_zeros(*nothing.shape, memory.recent.shape[2])
                 _, memory = self.memories[i](blank, stream, memory, self.embed_tokens.weight)
-                memory = memory._replace(recent=torch.zeros_like(memory.recent))
+                memory = memory._replace(memory=memory.memory.end_of_text(), recent=torch.zeros_like(memory.recent))
             sinks = (torch.zeros_like(old.sink_keys), torch.zeros_like(old.sink_values))
             layers.append(LayerState(old.keys[:, :, :0], old.values[:, :, :0], *sinks, memory))
         empty = torch.zeros_like(state.ids)

@@ -123,6 +123,12 @@ class MemoryState(NamedTuple):
             return cls(M, z, M.clone(), z.clone(), written)  # a file must not find one tensor under two names
         return cls(M, None, None, None, written)
 
+    def end_of_text(self) -> MemoryState:
+        """The same memory, which no token to come goes on with: what is written next is a run of its own."""
+        if self.slots is None:
+            return self
+        return self._replace(slots=self.slots._replace(running=torch.zeros_like(self.slots.running)))
+
     def detach(self) -> MemoryState:
         """The same state, cut from the graph."""
         return map_tensors(lambda t: t.detach(), self)
