@@ -128,39 +128,39 @@ def collect(
     finals: dict[int, Tensor] = {}
     hidden: dict[int, dict[int, Tensor]] = {i: {} for i in layers}
     answers: list[AskedFeatures] = []
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        show(done, total)
+
+    def ask(
+        questions: Sequence[tuple[int, Question]], tail: Sequence[int] = (), text: SenriCache | None = None
+    ) -> None:
+        answers.extend(_ask(model, questions, inputs, tail, text))
+        count(sum(_length(q) for _, q in questions))
+
     with memory_left_out(model) as inputs:
         for kind, length in sorted({(entire, len(pages)) for entire, pages in zip(whole, texts, strict=True)}):
             alike = [n for n, pages in enumerate(texts) if (whole[n], len(pages)) == (kind, length)]
             for start in range(0, len(alike), batch):
                 group = alike[start : start + batch]
                 ids = torch.stack([_ids(texts[number]) for number in group]).to(model.device)
-                parts = []
+                # the last tokens are read once more with each question that follows on them
+                pieces = _pieces(ids, source.size, before)
                 with nullcontext() if kind else _up_to(model, max(layers)):
-                    cache = model.model.new_cache()
-                    # the last tokens are read once more with each question that follows on them
-                    *pieces, last = _pieces(ids, source.size, before)
-                    for piece in (*pieces, last):
-                        if piece is last:
-                            almost = cache.fork()
-                        out = model.model(piece, past_key_values=cache).last_hidden_state
-                        parts.append((out.cpu(), {i: inputs[i].cpu() for i in layers}))
-                        done += out.shape[0] * out.shape[1]
-                        show(done, total)
+                    almost, final, kept = _read(model, pieces, inputs, count)
+                if kind:
+                    finals.update(zip(group, final, strict=True))
+                for i in layers:
+                    hidden[i].update(zip(group, kept[i], strict=True))
                 for row, number in enumerate(group):
                     for questions in _batches(behind.get(number, [])):
                         text = almost.fork()
                         text.batch_select_indices(torch.full((len(questions),), row))
-                        answers += _ask(model, questions, inputs, last[row].tolist(), text)
-                        done += sum(_length(q) for _, q in questions)
-                        show(done, total)
-                if kind:
-                    finals.update(zip(group, torch.cat([final for final, _ in parts], 1), strict=True))
-                for i in layers:
-                    hidden[i].update(zip(group, torch.cat([kept[i] for _, kept in parts], 1), strict=True))
+                        ask(questions, pieces[-1][row].tolist(), text)
         for questions in _batches([item for item in asked if not item[1].late]):
-            answers += _ask(model, questions, inputs)
-            done += sum(_length(q) for _, q in questions)
-            show(done, total)
+            ask(questions)
     ids = torch.cat([_ids(pages) for pages in texts])
     sizes = torch.tensor([source.size * len(pages) for pages in texts])
     stream = torch.arange(len(texts)).repeat_interleave(sizes)
@@ -233,6 +233,24 @@ def _surprise(model: SenriForCausalLM, final: Tensor, ids: Tensor, stream: Tenso
             out[start + 1 : start + 1 + block] = F.cross_entropy(logits, target, reduction="none")
         out[1:] *= stream[1:] == stream[:-1]
     return out
+
+
+def _read(
+    model: SenriForCausalLM, pieces: Sequence[Tensor], inputs: dict[int, Tensor], count: Callable[[int], None]
+) -> tuple[SenriCache, Tensor, dict[int, Tensor]]:
+    """Texts of one length in pieces ``[B, T]``: the state before the last piece, the last hidden states and the memory
+    layers' ``inputs`` ``[B, all T, hidden]``.
+    """
+    cache = before_last = model.model.new_cache()
+    parts = []
+    for number, piece in enumerate(pieces, start=1):
+        if number == len(pieces):
+            before_last = cache.fork()
+        out = model.model(piece, past_key_values=cache).last_hidden_state
+        parts.append((out.cpu(), {i: x.cpu() for i, x in inputs.items()}))
+        count(piece.numel())
+    kept = {i: torch.cat([part[i] for _, part in parts], 1) for i in inputs}
+    return before_last, torch.cat([final for final, _ in parts], 1), kept
 
 
 def _pieces(ids: Tensor, size: int, last: int) -> list[Tensor]:
