@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from senri.hf.base import base_directory
 from senri.hf.convert import convert_to_senri
+
+# The same examples in every run; `pytest --hypothesis-profile=default` draws new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 VOCABULARY = 97
 # A window far shorter than the texts, chunks and segments that divide neither it nor each other.
@@ -30,6 +35,11 @@ TINY = {
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
 
 
 def _make_base(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **fields: Any) -> Any:

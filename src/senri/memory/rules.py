@@ -255,11 +255,13 @@ def slot_chunk(
     # factor of pair n's strength at step t: weakened by later ones, set at its own
     runs = torch.cat([slots.run, run], -1)
     erased = 1 - beta[..., None] * same * (run[..., :, None] != runs[..., None, :])
-    new = torch.where(
-        torch.ones(steps, steps, dtype=torch.bool, device=k.device).tril(-1), erased[..., num_slots:], 1.0
-    ) * (1 + torch.diag_embed(beta - 1))
-    start = torch.cat([slots.strength, torch.ones_like(beta)], -1)
-    strength = start[..., None, :] * torch.cat([erased[..., :num_slots], new], -1).cumprod(-2)  # [B, H, C, N + C]
+    all_pairs = torch.ones(steps, steps, dtype=torch.bool, device=k.device)
+    # its own strength unrounded: equal strengths, in whatever chunk they were written, must stay equal
+    new = torch.where(all_pairs.tril(), beta[..., None], 1.0)
+    new = torch.where(all_pairs.tril(-1), erased[..., num_slots:], new)
+    start = torch.cat([slots.strength, torch.ones_like(beta)], -1)[..., None, :]
+    factors = torch.cat([start, torch.cat([erased[..., :num_slots], new], -1)], -2)
+    strength = factors.cumprod(-2)[..., 1:, :]  # [B, H, C, N + C]
     held, who = _allocate(strength.detach(), beta.detach() > 0, num_slots)
     strength_held = strength * held
     out = _slot_read(chunk.q, null, keys, values, strength_held, parameters.sharpness)
