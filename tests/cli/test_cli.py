@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import senri.data.text as text_module
+from senri import __version__
 from senri.hf.memory_file import read_header
 from senri.session import Session
 
@@ -26,6 +27,11 @@ QUESTION = "Who made the heaven?"
 def same_memory(left, right):
     left, right = load_file(left), load_file(right)
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_version(senri):
+    result = senri("--version")
+    assert (result.code, result.out.strip(), result.err) == (0, f"senri {__version__}", "")
 
 
 # the way through -----------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from senri import __version__
 from senri.cli import ask, chat, convert, demo, eval, inspect, read, train
 from senri.cli.common import warn
 
@@ -18,6 +20,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"senri {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of ``senri`` itself."""
 
 
 def _speaks_when_interrupted(command: Callable[..., None]) -> Callable[..., None]:
