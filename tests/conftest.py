@@ -30,6 +30,17 @@ TINY = {
     "memory_num_key_value_heads": 2,
     "memory_head_dim": 8,
 }
+# Memories that are several, shared or fading, each with a rule that it works with; segments of two or three pairs,
+# so that the text passes through all memories and begins again.
+STORES = [
+    {"store": "routed", "routing_basis": "random", "top_k_memories": 3, "routing": "on"},
+    {"store": "banks", "num_memory_banks": 3, "segments_per_bank": 2, "segment_size": 3, "update_rule": "gated_delta"},
+    {"store": "multi", "num_memories": 3, "segment_size": 2, "update_rule": "delta", "use_alibi": True},
+    {"store": "hierarchical", "num_memories": 3, "segment_size": 2},
+    {"memory_sharing": True, "update_rule": "delta_token"},
+    {"memory_sharing": True, "update_rule": "slot", "memory_num_slots": 9},
+    {"memory_sharing": True, "store": "banks", "segment_size": 2, "use_alibi": True, "alibi_scale": 3.0},
+]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from senri.hf.model import SenriModel
     from senri.hf.modeling_senri import SenriForCausalLM
     from senri.memory.state import MemoryState
+    from senri.memory.svd import SVDCleaningStats
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ConfigManager": "senri.config",
     "MemoryState": "senri.memory.state",
+    "SVDCleaningStats": "senri.memory.svd",
     "SenriCache": "senri.hf.cache",
     "SenriConfig": "senri.hf.configuration_senri",
     "SenriForCausalLM": "senri.hf.modeling_senri",
@@ -36,6 +38,7 @@ _HOMES = {
 __all__ = [
     "ConfigManager",
     "MemoryState",
+    "SVDCleaningStats",
     "SenriCache",
     "SenriConfig",
     "SenriForCausalLM",

@@ -16,6 +16,7 @@ from senri.hf.cache import SenriCache, without_memory
 from senri.hf.memory_file import MemoryFileError, read_header
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.hf.session_mixin import ReadProgress
+from senri.memory.svd import SVDCleaning, SVDCleaningStats
 
 
 class ReadingStopped(RuntimeError):
@@ -91,6 +92,7 @@ class Session:
         tokenizer: the model's.
         piece_size: tokens of one pass while reading.
         generation: arguments of ``generate`` for answers, e.g. ``max_new_tokens``.
+        cleaning: of the memory while a text is read; None: never.
     """
 
     def __init__(
@@ -100,9 +102,10 @@ class Session:
         *,
         piece_size: int = 1024,
         generation: dict[str, Any] | None = None,
+        cleaning: SVDCleaning | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.piece_size = piece_size
+        self.piece_size, self.cleaning = piece_size, cleaning
         self.generation = {"max_new_tokens": 64, "do_sample": False, **(generation or {})}
         self.notes: dict[str, Any] = {}
         self._unfed: Tensor | None = None  # [1, 0 or 1]: the last answer's token that the memory has not seen
@@ -160,7 +163,7 @@ class Session:
             stream = ledger.unread(iter_pieces(tokens, self.piece_size))
             if (first := next(stream, None)) is not None:
                 blocks = itertools.chain([first], stream)
-                last = self.model.read(blocks, piece_size=self.piece_size, progress=after_piece)
+                last = self.model.read(blocks, piece_size=self.piece_size, progress=after_piece, cleaning=self.cleaning)
             elif not ledger.done:  # else all was read already, and only the end is missing
                 raise TextError(f"{source} is empty: there is nothing to read")
             self.model.flush()
@@ -170,6 +173,10 @@ class Session:
             raise ReadingStopped(str(error) or "interrupted", ledger.done + ledger.counted) from None
         self.notes, self._resumed = ledger.notes(complete=True), False
         return last if ledger.counted else last._replace(state_bytes=self.model._open_session().nbytes)
+
+    def svd_cleaning(self, energy_threshold: float = 0.95, max_rank: int | None = None) -> SVDCleaningStats:
+        """Clean the memory now: see :meth:`senri.hf.session_mixin.SessionMixin.svd_cleaning`."""
+        return self.model.svd_cleaning(energy_threshold, max_rank)
 
     # answering ------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import senri.data.text as text_module
 from senri import __version__
 from senri.hf.memory_file import read_header
+from senri.memory.inspect import capacity
 from senri.session import Session
 
 OPTIONS = {"piece_size": 32, "generation": {"max_new_tokens": 5}}
@@ -55,6 +56,10 @@ def test_read_inspect_ask(senri, book, open_model, real_tokenizer):
     assert fields["sliding_window_size"] == "64"
     assert fields["memory_layers"] == "[1]"
     assert re.search(rf"│ +1 +│ +2 +│ +8 x 8 +│ +{steps} +│ +\d+\.\d\d +│ +[5678] of 8 +│", shown.out), shown.out
+
+    load, overlap = re.search(r"│ +(\d+)% +│\n", shown.out)[1], re.search(r"│ +(0\.\d\d|1\.00) +│", shown.out)[1]
+    assert int(load) == round(100 * steps / capacity(8, 8))
+    assert 0 < float(overlap) <= 1
 
     before = Path("book.senri").read_bytes()
     answer = senri("ask", "book.senri", QUESTION)
@@ -375,6 +380,30 @@ def test_a_memory_of_another_model(senri, saved, configure, make_folder, base_fo
     one_line(senri("ask", saved, QUESTION), "book.senri does not fit this model: ")
     configure(senri_folder)
     assert senri("ask", saved, QUESTION).code == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "number", "matrix", "load"),
+    [
+        ({"update_rule": "linear", "store": "routed", "routing_basis": "hadamard"}, 16, "8 x 8", r"\d+%"),
+        ({"update_rule": "delta", "store": "banks", "num_memory_banks": 3}, 6, "8 x 8", r"\d+%"),
+        ({"update_rule": "linear", "store": "hierarchical", "num_memories": 5}, 10, "8 x 8", r"\d+%"),
+        ({"update_rule": "slot", "memory_num_slots": 40}, 2, "8 x 40", "100%"),
+    ],
+)
+def test_inspect_of_every_store(senri, configure, make_folder, book, one_line, fields, number, matrix, load):
+    configure(make_folder(**fields))
+    assert senri("read", book, "-o", "book.senri").code == 0
+    shown = senri("inspect", "book.senri")
+    assert (shown.code, shown.err) == (0, "")
+    row = rf"│ +1 +│ +{number} +│ +{matrix} +│ +\d+ +│ +\d+\.\d\d +│ +[1-8] of 8 +│ +[01]\.\d\d +│ +{load} +│"
+    assert re.search(row, shown.out), shown.out
+    assert senri("ask", "book.senri", QUESTION).code == 0
+    for name in fields.keys() & {"store", "routing_basis", "num_memory_banks", "num_memories"}:
+        assert re.search(rf"^  {name} +{fields[name]}$", shown.out, re.MULTILINE)
+    if "store" in fields:
+        configure(make_folder(update_rule=fields["update_rule"]))
+        one_line(senri("ask", "book.senri", QUESTION), f"store is '{fields['store']}' in the file, 'single' here")
 
 
 def test_without_an_adapter_every_process_makes_the_same_model(senri, configure, base_folder, book):

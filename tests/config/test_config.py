@@ -64,6 +64,15 @@ def test_values_of_the_shipped_files() -> None:
     assert config.senri_overrides()["update_rule"] == "slot"
 
 
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_on_and_off_are_no_booleans(folder: Path, value: str) -> None:
+    """As YAML reads them."""
+    text = (folder / "model.yaml").read_text()
+    assert "routing: auto" in text
+    (folder / "model.yaml").write_text(text.replace("routing: auto", f"routing: {value}"))
+    assert ConfigManager(folder).senri_overrides()["routing"] == value
+
+
 def test_what_no_recall_takes_is_plain_text() -> None:
     from senri.data.mix import PARTS
 
@@ -111,6 +120,15 @@ BAD_VALUES = [
         "elu",
         "model.yaml: senri.feature_map: 'elu' is not one of: elu_plus_one, relu, identity, dpfp, hedgehog, null",
     ),
+    (
+        "senri.store",
+        "many",
+        "model.yaml: senri.store: 'many' is not one of: single, routed, banks, multi, hierarchical",
+    ),
+    ("senri.routing", "sometimes", "model.yaml: senri.routing: 'sometimes' is not one of: auto, on, off"),
+    ("senri.top_k_memories", 0, "model.yaml: senri.top_k_memories: 0 is not an integer > 0"),
+    ("senri.memory_sharing", 1, "model.yaml: senri.memory_sharing: 1 is not true or false"),
+    ("senri.alibi_scale", 0, "model.yaml: senri.alibi_scale: 0 is not a finite number > 0"),
     ("dtype", None, "model.yaml: dtype: null is not one of: auto, float32, bfloat16"),
     ("base_model_name", "", "model.yaml: base_model_name: '' is not a non-empty string"),
     ("base_model_name", 7, "model.yaml: base_model_name: 7 is not a non-empty string"),

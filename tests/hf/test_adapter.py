@@ -8,11 +8,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from senri.hf.adapter import adapter_weights, load_adapter, read_adapter_header, save_adapter
 
+from ..conftest import STORES
+
 CASES = [
     {"update_rule": "gated_delta", "write_gate": "surprise", "memory_conv_size": 3},
     {"memory_readout": "head", "update_rule": "delta_token", "feature_map": "relu", "memory_conv_size": 2},
     {"memory_gate": "infini"},
     {"memory_readout": "head", "update_rule": "delta_token", "write_gate": "hidden", "memory_context_size": 5},
+    *STORES,
 ]
 
 
@@ -24,7 +27,7 @@ def saved(make_senri, tmp_path):
     return model, tmp_path / "a.safetensors"
 
 
-@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini", "context"])
+@pytest.mark.parametrize("options", CASES, ids=str)
 @torch.no_grad()
 def test_on_a_fresh_base_the_model_is_back(make_senri, make_base, tokens, tmp_path, options):
     model, ids, path = make_senri(dtype=torch.float32, **options), tokens(2, 40), tmp_path / "a.safetensors"

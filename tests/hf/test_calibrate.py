@@ -9,6 +9,7 @@ from senri.hf.convert import convert_to_senri
 
 HEAD = {"memory_readout": "head", "update_rule": "delta_token", "memory_conv_size": 2, "num_memory_layers": 1}
 SLOT = {**HEAD, "update_rule": "slot", "write_gate": "hidden", "memory_conv_size": 0, "memory_context_size": 4}
+SHARED = {"memory_readout": "head", "memory_context_size": 4, "memory_sharing": True, "update_rule": "delta_token"}
 TEXT, REPEAT = 640, 40
 
 
@@ -187,3 +188,20 @@ def test_on_the_real_model_a_passage_that_comes_again_is_recalled(make_real, rea
     model.model.memories[10].read_gate.scale.zero_()
     silent = hits()
     assert with_memory > silent + 0.1, (with_memory, silent)
+
+
+@torch.no_grad()
+def test_a_layer_that_reads_another_ones_memory_asks_for_its_keys(make_senri, tokens):
+    model, ids = make_senri(random=False, **SHARED), text(tokens)
+    report = calibrate(model, ids, repeat_tokens=REPEAT)
+    assert report.read_gate.keys() == {1, 2}
+    (_, theirs), (_, mine) = sorted(layer_inputs(model, ids[:-REPEAT]).items())
+    writer, reader = model.model.memories.values()
+    wanted, found = writer.q_proj(theirs), reader.q_proj(mine)
+    torch.testing.assert_close(found.mean(0), wanted.mean(0), rtol=0, atol=1e-9)
+    left = (found - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    # no other linear map of the layer's inputs comes nearer
+    inputs = torch.cat([mine, torch.ones_like(mine[:, :1])], 1)
+    best = torch.linalg.lstsq(inputs, wanted).solution
+    least = (inputs @ best - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert least <= left < 1.01 * least + 1e-3 < 0.9

@@ -8,6 +8,8 @@ import torch
 
 import senri.hf.model as modeling
 
+from ..conftest import STORES
+
 STEPS = 60
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 HEAD = {"memory_readout": "head", "update_rule": "delta_token", "write_gate": "hidden"}
@@ -32,6 +34,7 @@ CASES = [
     {**HEAD, "memory_readout": "layer"},
     {"memory_gate": "infini", "memory_head_dim": 8},
     {"num_memory_layers": 0},
+    *({**HEAD, "update_rule": "linear", "memory_context_size": 4, **store} for store in STORES),
 ]  # fmt: skip
 
 
@@ -73,18 +76,21 @@ def test_reading_ends_in_the_state_of_a_forward(make_senri, tokens, options, ste
         assert_same(cache, whole)
 
 
-@pytest.mark.parametrize("rule", ["delta_token", "linear", "slot"])
+@pytest.mark.parametrize(
+    "options", [{"update_rule": rule} for rule in ("delta_token", "linear", "slot")] + STORES, ids=name
+)
 @torch.no_grad()
-def test_what_a_closed_gate_leaves_out_is_left_out_of_both(make_senri, tokens, rule):
+def test_what_a_closed_gate_leaves_out_is_left_out_of_both(make_senri, tokens, options):
     """Reading computes the written pairs alone, and where a run of them ends."""
-    model, ids = make_senri(**{**HEAD, "update_rule": rule, "memory_num_slots": 40}), tokens(2, STEPS)
+    model, ids = make_senri(**{**HEAD, "update_rule": "linear", **options, "memory_num_slots": 40}), tokens(2, STEPS)
     for memory in model.model.memories.values():
-        memory.write_gate.out_proj.weight.mul_(30)
-        memory.write_gate.out_proj.bias.zero_()
+        if memory.writes:
+            memory.write_gate.out_proj.weight.mul_(30)
+            memory.write_gate.out_proj.bias.zero_()
     whole = model.model.new_cache()
     model(ids, past_key_values=whole)
-    if rule == "slot":
-        states = [layer.memory.memory.slots for layer in whole.state.layers if layer.memory is not None]
+    if options.get("update_rule") == "slot":
+        states = [memory.slots for memory in whole.memories.values()]
         assert all(slots.run.amax() > 3 for slots in states), "several runs"
         assert any((slots.strength > 0).sum() > slots.run.amax(-1).sum() for slots in states), "of several tokens"
     for cuts in ([], [1], [13, 14, 30], range(1, STEPS)):

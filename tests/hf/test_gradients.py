@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import senri.hf.model as modeling
 from senri.memory import RULES
 
+from ..conftest import STORES
+
 CASES = [
     {"update_rule": rule, "memory_readout": readout, "write_gate": "surprise", "memory_conv_size": 3}
     for rule in RULES
@@ -20,6 +22,11 @@ CONTEXT = [
     for rule, readout in (("linear", "layer"), ("delta_token", "head"))
 ]
 CASES += CONTEXT
+CASES += [
+    {"memory_readout": readout, "write_gate": "hidden", "memory_context_size": 4} | store
+    for store in STORES
+    for readout in ("layer", "head")
+]
 SPREAD = 4  # times the write gate's logits: some tokens are not written, and not all others wholly
 
 
@@ -52,7 +59,9 @@ def two_pieces(model, ids, cut=None):
 def test_every_memory_parameter_learns_beyond_the_window(make_senri, tokens, options):
     model, ids = make_senri(**options).train(), tokens(2, 30)
     for memory in model.model.memories.values():
-        if memory.rule == "slot":  # a gate that never closes makes one run of all, and nothing weakens anything
+        if (
+            memory.rule == "slot" and memory.writes
+        ):  # a gate that never closes makes one run of all, and nothing weakens anything
             with torch.no_grad():
                 memory.write_gate.out_proj.weight.mul_(SPREAD)
                 memory.write_gate.out_proj.bias.zero_()
@@ -134,7 +143,7 @@ def test_gradient_reaches_what_an_earlier_piece_wrote_unless_it_is_cut(make_senr
     carried = gradients(model)
     assert write_path_gradient(cut=True) is None
     cut = gradients(model)
-    for layer in model.config.memory_layers:
+    for layer in [i for i, memory in model.model.memories.items() if memory.writes]:
         for parameter in ("k_proj.weight", "v_proj.weight"):
             key = f"model.layers.{layer}.memory.{parameter}"
             assert (carried[key] - cut[key]).abs().max() > 1e-8, key

@@ -13,12 +13,15 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from senri.data import iter_bible, iter_pieces, iter_tokens
 from senri.hf.convert import convert_to_senri
 
+from ..conftest import STORES
+
 READOUTS = [
     {"memory_readout": "layer"},
     {"memory_readout": "head"},
     {"memory_readout": "head", "write_gate": "surprise", "update_rule": "delta_token", "memory_conv_size": 3},
     {"memory_readout": "layer", "write_gate": "surprise", "update_rule": "gated_delta"},
 ]
+READOUTS += [{"memory_readout": readout} | store for store in STORES for readout in ("layer", "head")]
 INFINI = {"memory_gate": "infini", "memory_num_heads": 4, "memory_head_dim": 8}
 
 

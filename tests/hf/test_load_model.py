@@ -87,7 +87,7 @@ def test_what_the_adapter_was_not_made_for_is_refused_by_name(shipped):
     for field, value, ours in [("memory_head_dim", 16, 32), ("update_rule", "linear", "'delta_token'")]:
         with pytest.raises(ValueError, match=f"^{field} is {ours} in the adapter {BASE_NAME}.safetensors and cannot"):
             load_model(**{field: value})
-    free = {"sliding_window_size": 9, "num_sink_tokens": 3, "chunk_size": 5, "segment_size": 3}
+    free = {"sliding_window_size": 9, "num_sink_tokens": 3, "chunk_size": 5, "segment_size": 3, "num_memories": 9}
     model, _ = load_model(dtype="float32", **{**HEAD, **free})
     assert model.config.num_sink_tokens == 3
     assert (model.config.sliding_window_size, model.config.chunk_size, model.config.segment_size) == (9, 5, 3)

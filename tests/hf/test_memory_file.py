@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from senri.hf import memory_file
 from senri.hf.memory_file import MemoryFileError, read_header
 
+from ..conftest import STORES
+
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 CASES = [
     {"update_rule": "delta", "write_gate": "hidden", "memory_conv_size": 3},
@@ -17,6 +19,7 @@ CASES = [
     {"memory_gate": "infini", "memory_head_dim": 8},
     {"num_sink_tokens": 4},
     {"update_rule": "delta_token", "memory_readout": "head", "write_gate": "surprise", "memory_context_size": 5},
+    *({"memory_readout": "head", "memory_context_size": 5} | store for store in STORES),
 ]
 
 
@@ -31,7 +34,7 @@ def saved(make_senri, tokens, tmp_path):
 
 @pytest.mark.parametrize("steps", [3, 30], ids=["short", "long"])
 @pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("options", CASES, ids=["layer", "head", "infini", "sinks", "context"])
+@pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
 @torch.no_grad()
 def test_going_on_from_a_file_is_as_if_never_saved(make_senri, tokens, tmp_path, options, flush, steps):
     model, path = make_senri(**options), tmp_path / "a.senri"
@@ -116,6 +119,9 @@ def test_the_file_holds_the_state_and_little_else(make_senri, tokens, tmp_path):
         ("memory_conv_size", {"memory_conv_size": 2}),
         ("memory_context_size", {"memory_context_size": 2}),
         ("model_fingerprint", {"write_gate": "hidden"}),
+        ("store", {"store": "multi"}),
+        ("memory_sharing", {"memory_sharing": True}),
+        ("alibi_scale", {"use_alibi": True}),
     ],
 )
 @torch.no_grad()

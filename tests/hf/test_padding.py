@@ -6,6 +6,8 @@ import torch
 from senri.memory import RULES
 from senri.memory.state import named_tensors
 
+from ..conftest import STORES
+
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 LENGTHS = [30, 11, 4]
 CASES = [
@@ -19,6 +21,11 @@ CASES += [
     {"update_rule": rule, "memory_readout": readout, "write_gate": gate, "memory_context_size": 5}
     for rule in RULES
     for readout, gate in [("layer", "hidden"), ("head", "surprise")]
+]
+CASES += [
+    {"memory_readout": readout, "write_gate": gate, keys: 4} | store
+    for store in STORES
+    for readout, gate, keys in [("layer", "hidden", "memory_conv_size"), ("head", "surprise", "memory_context_size")]
 ]
 
 

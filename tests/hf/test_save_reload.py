@@ -6,12 +6,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from senri.hf import SenriForCausalLM, SenriModel
 
+from ..conftest import STORES
+
 CASES = [
     {"update_rule": "gated_delta", "memory_conv_size": 3, "write_gate": "surprise"},
     {"update_rule": "delta_token", "memory_readout": "head", "write_gate": "hidden"},
     {"update_rule": "delta_token", "memory_readout": "head", "write_gate": "hidden", "memory_context_size": 5},
     {"memory_gate": "infini", "memory_head_dim": 8},
     {},
+    *STORES,
 ]
 
 

@@ -7,6 +7,8 @@ from senri.hf.cache import SenriCache, without_memory
 from senri.memory import RULES
 from senri.memory.state import named_tensors
 
+from ..conftest import STORES
+
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 CASES = [
     {"update_rule": rule, "memory_readout": readout, "write_gate": gate, "memory_conv_size": 3}
@@ -17,6 +19,7 @@ CASES += [
     {"update_rule": rule, "memory_readout": "head", "write_gate": "surprise", "memory_context_size": 5}
     for rule in RULES
 ]
+CASES += [{"memory_readout": "head", "write_gate": "hidden", "memory_context_size": 5} | store for store in STORES]
 
 
 def name(options) -> str:
@@ -24,7 +27,7 @@ def name(options) -> str:
 
 
 def memories(model):
-    return [layer.memory.memory for layer in model.session.state.layers if layer.memory is not None]
+    return list(model.session.memories.values())
 
 
 def assert_states_equal(left, right):
@@ -152,11 +155,12 @@ def test_flush_writes_what_the_window_holds_once(make_senri, tokens, options):
     model, ids = make_senri(**options), tokens(2, 33)
     model.reset_memory(2)
     model(ids)
-    assert [m.written.tolist() for m in memories(model)] == [[26, 26]] * 2
+    number = 1 if options.get("memory_sharing") else 2
+    assert [m.written.tolist() for m in memories(model)] == [[26, 26]] * number
     on = model.get_memory_state()
     model(tokens(2, 7, seed=5), attention_mask=torch.zeros(2, 7), past_key_values=on)
     model.flush()
-    for flushed, layer in zip(memories(model), [on.state.layers[i].memory.memory for i in (1, 2)], strict=True):
+    for flushed, layer in zip(memories(model), on.memories.values(), strict=True):
         assert flushed.written.tolist() == [33, 33]
         torch.testing.assert_close(flushed.M, layer.M, **EXACT)
         if flushed.z is not None:
@@ -167,9 +171,9 @@ def test_flush_writes_what_the_window_holds_once(make_senri, tokens, options):
     model.flush()  # nothing is left to write
     assert_states_equal(model.session, before)
     model(tokens(2, 10, seed=6))
-    assert [m.written.tolist() for m in memories(model)] == [[36, 36]] * 2
+    assert [m.written.tolist() for m in memories(model)] == [[36, 36]] * number
     model.flush()
-    assert [m.written.tolist() for m in memories(model)] == [[43, 43]] * 2
+    assert [m.written.tolist() for m in memories(model)] == [[43, 43]] * number
     assert model.session.tokens_read == [43, 43]
 
 

@@ -9,6 +9,8 @@ import torch
 import senri.hf.model as modeling
 from senri.memory import RULES
 
+from ..conftest import STORES
+
 STEPS = 30
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 OPTIONS = [
@@ -22,6 +24,15 @@ CONTEXT = [
     for readout, gate in (("layer", "hidden"), ("head", "none"), ("head", "surprise"))
 ]
 CONTEXT.append({"memory_gate": "infini", "memory_head_dim": 8, "memory_context_size": 3})
+MANY = [
+    {"memory_readout": readout, "write_gate": gate, keys: 4} | store
+    for store in STORES
+    for readout, gate, keys in (
+        ("layer", "surprise", "memory_conv_size"),
+        ("head", "hidden", "memory_context_size"),
+    )
+]
+MANY += [{"memory_gate": "infini", "memory_head_dim": 8, "memory_context_size": 3} | store for store in STORES[-2:]]
 
 
 def name(options) -> str:
@@ -45,7 +56,7 @@ def assert_caches_equal(left, right, **tolerance):
     assert left.columns == right.columns
 
 
-@pytest.mark.parametrize("options", [*OPTIONS, *INFINI, *CONTEXT], ids=name)
+@pytest.mark.parametrize("options", [*OPTIONS, *INFINI, *CONTEXT, *MANY], ids=name)
 def test_any_cut_gives_the_same(make_senri, tokens, options):
     model = make_senri(**options)
     ids = tokens(2, STEPS)
@@ -71,8 +82,7 @@ def test_any_cut_gives_the_same(make_senri, tokens, options):
 @torch.no_grad()
 def test_the_chunk_size_changes_nothing(make_senri, tokens, chunk_size):
     ids = tokens(2, STEPS)
-    for rule in RULES:
-        options = {"update_rule": rule, "segment_size": 8}
+    for options in [{"update_rule": rule, "segment_size": 8} for rule in RULES] + STORES:
         logits, cache = in_pieces(make_senri(chunk_size=4, **options), ids, [])
         other_logits, other = in_pieces(make_senri(chunk_size=chunk_size, **options), ids, [])
         torch.testing.assert_close(other_logits, logits, **EXACT)
@@ -151,8 +161,9 @@ def test_logits_to_keep_takes_the_last_ones(make_senri, tokens):
 
 @torch.no_grad()
 def test_a_changed_token_changes_nothing_before_it(make_senri, tokens):
-    for readout, keys in itertools.product(("layer", "head"), ("memory_conv_size", "memory_context_size")):
-        model = make_senri(memory_readout=readout, write_gate="surprise", **{keys: 3})
+    both = itertools.product(("layer", "head"), ("memory_conv_size", "memory_context_size"), [{}, *STORES])
+    for readout, keys, store in both:
+        model = make_senri(memory_readout=readout, write_gate="surprise", **{keys: 3}, **store)
         ids = tokens(1, STEPS)
         changed = ids.clone()
         changed[0, 11] = (changed[0, 11] + 1) % 97

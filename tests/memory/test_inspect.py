@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from senri.memory import MemoryState
-from senri.memory.inspect import capacity, effective_rank, load
+from senri.memory import MemoryState, scan
+from senri.memory.inspect import capacity, effective_rank, key_overlap, load
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
@@ -53,6 +53,33 @@ def test_random_pairs_are_told_apart_below_the_capacity_and_not_far_above():
         k, v = (torch.nn.functional.normalize(torch.randn(pairs, 48, generator=draw), dim=-1) for _ in range(2))
         found = ((k @ (k.T @ v)) @ v.T).argmax(-1)
         assert lowest <= (found == torch.arange(pairs)).float().mean() <= highest
+
+
+def orthonormal(rows, width, seed=0):
+    return torch.linalg.qr(torch.randn(width, rows, generator=torch.Generator().manual_seed(seed)))[0].T
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.3, 0.9])
+def test_the_overlap_of_keys(cosine):
+    """Two keys and values that are orthogonal: a pair counts with itself; slots know which pairs differ."""
+    first, other = orthonormal(2, 8)
+    keys = torch.stack([first, cosine * first + (1 - cosine**2) ** 0.5 * other])
+    values = orthonormal(2, 6, seed=1)
+    k, v = keys[None, :, None], values[None, :, None]
+    expected = torch.tensor([[((2 + 2 * cosine**2) / 4) ** 0.5]])
+    # the second pair is not corrected by the linear rule; its features are the keys
+    summed = MemoryState.zeros(1, 1, 6, 8, rule="linear")._replace(M=(values.T @ keys)[None, None])
+    torch.testing.assert_close(key_overlap(summed), expected, rtol=1e-5, atol=1e-5)
+    _, slots = scan(k, k, v, rule="slot", num_slots=5)
+    torch.testing.assert_close(key_overlap(slots), torch.tensor([[cosine]]), rtol=1e-4, atol=1e-3)
+    assert load(slots).tolist() == [pytest.approx(0.4)]
+
+
+def test_an_empty_memory_has_no_overlap():
+    for options in ({"rule": "linear"}, {"rule": "linear", "num_memories": 3}, {"rule": "slot"}):
+        state = MemoryState.zeros(2, 3, 8, 8, **options)
+        assert not key_overlap(state).any()
+        assert not load(state).any()
 
 
 def test_load_counts_all_memories_of_a_store():

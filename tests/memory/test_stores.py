@@ -236,6 +236,16 @@ def test_impossible_stores_are_refused(make, message):
 def test_a_state_goes_on_only_with_its_store():
     q = torch.randn(1, 4, 1, 4)
     _, state = scan(q, q, q, store=Multi(3))
-    for store in (None, Multi(2)):
-        with pytest.raises(ValueError, match=r"made with another store: its M is \[1, 1, 3, 4, 4\]"):
+    for store, message in (
+        (None, "made with store 'multi', not 'single'"),
+        (Banks(3), "made with store 'multi', not 'banks'"),  # of the same size
+        (Multi(2), r"made with another number of memories: its M is \[1, 1, 3, 4, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
             scan(q, q, q, state, store=store)
+    assert read(q, state, store=Banks(3)).shape == q.shape  # reading writes nothing
+    for store in (None, Multi(2)):
+        with pytest.raises(ValueError, match="another number of memories"):
+            read(q, state, store=store)
+    with pytest.raises(ValueError, match="made with store 'single', not 'multi'"):
+        scan(q, q, q, scan(q, q, q)[1], store=Multi(3))

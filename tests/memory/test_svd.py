@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from senri.memory import MemoryState, Multi, Routed, orthogonal_basis, read, scan
-from senri.memory.svd import every, never, svd_cleaning, when_idle, when_rank_exceeds
+from senri.memory.svd import every, never, svd_cleaning, svd_cleaning_of_all, when_idle, when_rank_exceeds
 
 SINGULAR = torch.tensor([4.0, 2.0, 1.0, 0.5])  # energies 16, 4, 1, 0.25 of 21.25
 
@@ -99,7 +99,23 @@ def test_the_delta_rule_corrects_against_the_cleaned_memory():
     torch.testing.assert_close(after.M, clean.M)  # what it knows already is not written again
 
 
+def test_memories_of_several_layers_have_one_statistics():
+    states = [state_of(matrix(SINGULAR)), state_of(torch.zeros(6, 8)), state_of(matrix(SINGULAR, seed=1))]
+    cleaned, stats = svd_cleaning_of_all(states, max_rank=2)
+    for state, after in zip(states, cleaned, strict=True):
+        if state.M.any():
+            torch.testing.assert_close(after.M, svd_cleaning(state, max_rank=2)[0].M)
+        else:
+            assert not after.M.any()
+    alone = svd_cleaning(states[0], max_rank=2)[1]
+    assert stats[:2] == alone[:2]
+    assert stats.energy_retained == pytest.approx(alone.energy_retained)
+    assert stats.singular_values_before.shape == (3, *alone.singular_values_before.shape)
+
+
 def test_policies():
+    with pytest.raises(ValueError, match="at least 1, not 0; for no cleaning take never"):
+        every(0)
     before, after = state_of(matrix(SINGULAR)), state_of(matrix(SINGULAR))._replace(written=torch.tensor([120]))
     assert not never(before, after)
     assert [every(n)(before, after) for n in (10, 50, 60, 120, 121)] == [True, False, True, True, False]

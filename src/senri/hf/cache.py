@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from senri.layers import MemoryLayerState
+from senri.memory import MemoryState
 from senri.memory.state import map_tensors, named_tensors, nbytes, stack_rows
 
 
@@ -99,9 +100,21 @@ class SenriCache(Cache):
     @property
     def memory_nbytes(self) -> int:
         """Bytes of the associative memories alone: what is left after ``flush()``."""
-        if self.state is None:
-            return 0
-        return sum(nbytes(layer.memory.memory) for layer in self.state.layers if layer.memory is not None)
+        return sum(memory.nbytes for memory in self.memories.values())
+
+    @property
+    def memories(self) -> dict[int, MemoryState]:
+        """The associative memory of each layer that writes one, by layer index."""
+        layers = enumerate(() if self.state is None else self.state.layers)
+        return {i: layer.memory.memory for i, layer in layers if layer.memory and layer.memory.memory}
+
+    def replace_memories(self, memories: dict[int, MemoryState]) -> None:
+        """Go on with other memories in some layers."""
+        assert self.state is not None
+        layers = list(self.state.layers)
+        for i, memory in memories.items():
+            layers[i] = layers[i]._replace(memory=layers[i].memory._replace(memory=memory))  # type: ignore[union-attr]
+        self.commit(self.state._replace(layers=tuple(layers)), columns=0)
 
     @property
     def tokens_read(self) -> list[int]:

@@ -87,8 +87,13 @@ def calibrate(
 def _calibrate(model: SenriForCausalLM, statistics: Tensor, repeated: Tensor) -> CalibrationReport:
     inputs = _layer_inputs(model, statistics)
     embeddings = F.embedding(statistics.to(model.device), model.model.embed_tokens.weight).double()
+    memories = model.model.memories
     for index, hidden in inputs.items():
-        set_projections(model.model.memories[index], hidden, embeddings)
+        if memories[index].writes:
+            set_projections(memories[index], hidden, embeddings)
+            writer = index
+        else:
+            _match(memories[index], hidden, memories[writer], inputs[writer])
     gates: dict[int, float] = {}
     loss_without, loss_with = float("nan"), float("nan")
     if model.config.memory_readout == "head":
@@ -151,6 +156,20 @@ def _whiten(memory: MemoryAttention, hidden: Tensor) -> None:
     for linear, weight in ((memory.k_proj, keys), (memory.q_proj, memory.for_query_heads(keys))):
         linear.weight.copy_(weight)
         linear.bias.copy_(-weight @ mean)
+
+
+def _match(memory: MemoryAttention, hidden: Tensor, writer: MemoryAttention, written: Tensor) -> None:
+    """q_proj of a layer that reads another one's memory: the ridge regression, from the layer's inputs ``[tokens,
+    hidden]``, of what the queries of the layer that writes are made of, from its own inputs ``written``.
+    """
+    mean = hidden.mean(0)
+    centred = hidden - mean
+    wanted = written @ writer.q_proj.weight.double().T + writer.q_proj.bias.double()
+    covariance = centred.mT @ centred / len(hidden)
+    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
+    weight = torch.linalg.solve(covariance, centred.mT @ (wanted - wanted.mean(0)) / len(hidden)).T
+    memory.q_proj.weight.copy_(weight)
+    memory.q_proj.bias.copy_(wanted.mean(0) - weight @ mean)
 
 
 def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, float], float, float]:

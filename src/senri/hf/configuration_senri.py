@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from senri.memory.feature_maps import FEATURE_MAPS
 from senri.memory.rules import RULES
+from senri.memory.stores import STORES
 
 PRESETS: dict[str, dict[str, Any]] = {
     # hidden_size and num_hidden_layers say which base a preset is for
@@ -32,13 +34,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "memory_layer_interval": 4,
         "memory_num_heads": 14,
         "memory_head_dim": 64,
+        "top_k_memories": 64,
     },
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "update_rule": tuple(RULES),
     "feature_map": tuple(FEATURE_MAPS),
-    "store": ("single",),
+    "store": ("single", *STORES),
+    "routing": ("auto", "on", "off"),
+    "routing_basis": ("identity", "hadamard", "random"),
     "memory_readout": ("layer", "head"),
     "memory_gate": ("additive", "infini"),
     "write_gate": ("none", "hidden", "surprise"),
@@ -57,6 +62,10 @@ _AT_LEAST = {
     "memory_num_slots": 1,
     "memory_conv_size": 0,
     "memory_context_size": 0,
+    "top_k_memories": 1,
+    "num_memory_banks": 1,
+    "segments_per_bank": 1,
+    "num_memories": 1,
 }
 # Keys of saved configurations and of base models' ones that PreTrainedConfig takes without a field of its own.
 _PASSED_ON = {
@@ -77,13 +86,22 @@ class SenriConfig(LlamaConfig):
         sliding_window_size: number of most recent tokens each query attends to exactly (W).
         num_sink_tokens: first tokens of a text that stay visible behind the window (attention sinks); 0 for none.
         chunk_size: tokens the memory scan handles at once; a speed knob, never a change of result.
-        segment_size: pairs between two refreshes of the `delta` rule's correction.
+        segment_size: pairs between two refreshes of the `delta` rule's correction; by it banks and memories take
+            turns, and ALiBi ages.
         num_memory_layers, first_memory_layer, memory_layer_interval: which layers have a memory.
         memory_num_heads, memory_num_key_value_heads, memory_head_dim: query heads, memories, their width.
         memory_num_slots: pairs that rule `slot` holds.
         update_rule: `linear` | `delta` | `delta_token` | `gated_delta` | `slot`.
         feature_map: `elu_plus_one` | `relu` | `identity` | `dpfp` | `hedgehog`; None takes the rule's own.
-        store: `single`: one memory a head.
+        store: `single` (one memory a head) | `routed` | `banks` | `multi` | `hierarchical` (see docs/stores.md).
+        routing: of store `routed`. `on` reads as many memories; `off` writes many and reads them as one; `auto` trains
+            as one memory and has many in `eval()`.
+        routing_basis: `identity` | `hadamard` (memory_head_dim a power of two) | `random`; memory_head_dim vectors.
+        top_k_memories: memories that a query of store `routed` reads.
+        num_memory_banks, segments_per_bank: of store `banks`: how many, and segments written to one before the next.
+        num_memories: of stores `multi` and `hierarchical`.
+        memory_sharing: the first memory layer's memory serves all memory layers; the others only read it.
+        use_alibi, alibi_scale: pairs fade by `exp(-alibi_scale * slope)` a segment, one slope a memory head.
         memory_readout: `layer` reads into the memory layer's residual; `head` stores token embeddings and adds the
             read at the logits (needs tied embeddings).
         memory_gate: `additive` zero-init branch, or `infini`: Infini-attention's per-head sigmoid mix.
@@ -112,6 +130,15 @@ class SenriConfig(LlamaConfig):
     update_rule: str = "linear"
     feature_map: str | None = None
     store: str = "single"
+    routing: str = "auto"
+    routing_basis: str = "identity"
+    top_k_memories: int = 64
+    num_memory_banks: int = 2
+    segments_per_bank: int = 4
+    num_memories: int = 4
+    memory_sharing: bool = False
+    use_alibi: bool = False
+    alibi_scale: float = 1.0
     memory_readout: str = "layer"
     memory_gate: str = "additive"
     memory_conv_size: int = 0
@@ -152,6 +179,11 @@ class SenriConfig(LlamaConfig):
                 raise ValueError(f"{name} must be a whole number, not {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+        for name in ("memory_sharing", "use_alibi"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if not isinstance(self.alibi_scale, int | float) or not 0 < self.alibi_scale < math.inf:
+            raise ValueError(f"alibi_scale must be a number above 0, not {self.alibi_scale!r}")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices and not (name == "feature_map" and value is None):
@@ -167,7 +199,29 @@ class SenriConfig(LlamaConfig):
                 f"memory_num_heads ({self.memory_num_heads}) must be a multiple of memory_num_key_value_heads "
                 f"({self.memory_num_key_value_heads})"
             )
+        self._validate_store()
         self._validate_combinations()
+
+    def _validate_store(self) -> None:
+        """Store, sharing and ALiBi against the rule and each other."""
+        kind = STORES.get(self.store)
+        if kind is not None and self.update_rule not in kind.rules:
+            others = ["single", *(name for name, other in STORES.items() if self.update_rule in other.rules)]
+            raise ValueError(
+                f"store {self.store!r} works with update_rule: {', '.join(kind.rules)}; "
+                f"update_rule {self.update_rule!r} works with store: {', '.join(others)}"
+            )
+        width = self.memory_head_dim
+        if self.store == "routed" and self.routing_basis == "hadamard" and width & (width - 1):
+            raise ValueError(
+                f"routing_basis 'hadamard' needs a memory_head_dim that is a power of two, not {width}: change it, or "
+                "take 'identity' or 'random'"
+            )
+        if self.memory_sharing and self.num_memory_layers < 2:
+            raise ValueError(f"memory_sharing needs num_memory_layers of at least 2, not {self.num_memory_layers}")
+        if self.use_alibi and not RULES[self.update_rule].forgets:
+            forgets = ", ".join(name for name, rule in RULES.items() if rule.forgets)
+            raise ValueError(f"use_alibi needs an update_rule that forgets: {forgets}; {self.update_rule!r} does not")
 
     def _validate_combinations(self) -> None:
         if RULES[self.update_rule].normalised and self.feature_map == "identity":

@@ -20,7 +20,16 @@ from transformers.models.llama.modeling_llama import (
 
 from senri.hf.cache import LayerState
 from senri.hf.configuration_senri import SenriConfig
-from senri.layers import MemoryAttention, MemoryStream, NewSinks, Sinks, WindowPlan, sliding_window_attention
+from senri.layers import (
+    MemoryAttention,
+    MemoryStream,
+    NewSinks,
+    Sinks,
+    WindowPlan,
+    Writing,
+    sliding_window_attention,
+)
+from senri.memory import Banks, Hierarchical, Multi, Routed, Store, orthogonal_basis
 
 
 class SenriRotaryEmbedding(LlamaRotaryEmbedding):
@@ -137,7 +146,8 @@ class SenriDecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.memory = build_memory(config) if layer_idx in config.memory_layers else None
+        self.shares = config.memory_sharing
+        self.memory = build_memory(config, layer_idx) if layer_idx in config.memory_layers else None
 
     def forward(
         self,
@@ -145,29 +155,50 @@ class SenriDecoderLayer(nn.Module):
         state: LayerState,
         plan: AttentionPlan,
         stream: MemoryStream,
-    ) -> tuple[Tensor, Tensor | None, LayerState]:
-        """Returns the new hidden states, the memory's input where the read-out waits for the head, the new state."""
+        shared: Writing | None = None,
+    ) -> tuple[Tensor, Tensor | None, LayerState, Writing | None]:
+        """Returns the new hidden states, the memory's input where the read-out waits for the head, the new state, and
+        what the memory writes; ``shared``: that of the layer whose memory this one only reads.
+        """
         normed = self.input_layernorm(hidden)
         read, weight, added, memory_state, waiting = None, None, None, state.memory, None
         if self.memory is not None and state.memory is not None:
             if self.memory.readout == "head":
                 waiting = normed
-            elif self.memory.readout == "mix":
-                read, memory_state = self.memory(normed, stream, state.memory)
-                # an empty memory must not dilute the attention
-                filled = self.memory.read_mask(stream, state.memory, hidden.shape[1])
-                weight = self.memory.mix_gate.sigmoid().to(read.dtype)[:, None] * filled[..., None, None]
             else:
-                added, memory_state = self.memory(normed, stream, state.memory)
+                if self.memory.writes:
+                    shared = self.memory.writing(normed, stream, state.memory)
+                assert shared is not None
+                out, memory_state = self.memory(normed, stream, state.memory, writing=shared)
+                if self.memory.readout == "mix":
+                    read = out
+                    # an empty memory must not dilute the attention
+                    filled = self.memory.read_mask(shared)
+                    weight = self.memory.mix_gate.sigmoid().to(read.dtype)[:, None] * filled[..., None, None]
+                else:
+                    added = out
         attended, new_state = self.self_attn(normed, state, plan, read, weight)
         hidden = hidden + attended
         if added is not None:
             hidden = hidden + added
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden, waiting, new_state._replace(memory=memory_state)
+        return hidden, waiting, new_state._replace(memory=memory_state), shared if self.shares else None
 
 
-def build_memory(config: SenriConfig) -> MemoryAttention:
+def build_store(config: SenriConfig) -> Store | None:
+    """The configured store; None: a single memory."""
+    if config.store == "routed":
+        with torch.device("cpu"):  # the basis has numbers even while a model is made without any
+            basis = orthogonal_basis(config.routing_basis, config.memory_head_dim)
+        return Routed(basis, config.top_k_memories, routing=config.routing != "off")
+    if config.store == "banks":
+        return Banks(config.num_memory_banks, config.segments_per_bank)
+    if config.store == "multi":
+        return Multi(config.num_memories)
+    return Hierarchical(config.num_memories) if config.store == "hierarchical" else None
+
+
+def build_memory(config: SenriConfig, layer_idx: int) -> MemoryAttention:
     """A memory layer from the configuration's numbers."""
     assert config.memory_num_key_value_heads is not None
     return MemoryAttention(
@@ -186,4 +217,8 @@ def build_memory(config: SenriConfig) -> MemoryAttention:
         context_heads=math.gcd(config.num_attention_heads, config.memory_num_key_value_heads * config.memory_head_dim),
         write_gate=config.write_gate,
         readout="mix" if config.memory_gate == "infini" else config.memory_readout,
+        store=build_store(config),
+        trained_as_one=config.store == "routed" and config.routing == "auto",
+        alibi_scale=config.alibi_scale if config.use_alibi else None,
+        writes=layer_idx == config.memory_layers[0] or not config.memory_sharing,
     )

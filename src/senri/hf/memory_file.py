@@ -17,8 +17,9 @@ from torch import Tensor
 
 from senri.hf.cache import ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
+from senri.hf.decoder import build_store
 from senri.memory.rules import RULES
-from senri.memory.state import named_tensors
+from senri.memory.state import MemoryState, Slots, named_tensors
 
 FORMAT_VERSION = 2
 # Fields of the header that must equal the model's, and what they are called in a message.
@@ -32,8 +33,14 @@ _MUST_MATCH = (
     "memory_layers",
     "update_rule",
     "feature_map",
-    "segment_size",
     "store",
+    "routing_basis",
+    "num_memory_banks",
+    "segments_per_bank",
+    "num_memories",
+    "memory_sharing",
+    "alibi_scale",
+    "segment_size",
     "memory_readout",
     "memory_heads",
     "memory_num_slots",
@@ -64,7 +71,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def expected_header(config: SenriConfig) -> dict[str, Any]:
-    """The header fields that follow from a model's configuration."""
+    """The header fields that follow from a model's configuration; None where it makes no difference."""
+    store = build_store(config)
+    segmented = RULES[config.update_rule].segmented or config.use_alibi or (store is not None and store.segmented)
     return {
         "format_version": FORMAT_VERSION,
         "base": f"{config.num_hidden_layers} layers of {config.hidden_size}",
@@ -75,13 +84,19 @@ def expected_header(config: SenriConfig) -> dict[str, Any]:
         "memory_layers": config.memory_layers,
         "update_rule": config.update_rule,
         "feature_map": config.feature_map or RULES[config.update_rule].feature_map,
-        "segment_size": config.segment_size if RULES[config.update_rule].segmented else None,
+        "segment_size": config.segment_size if segmented else None,
         "store": config.store,
         "memory_readout": config.memory_readout,
         "memory_heads": [config.memory_num_heads, config.memory_num_key_value_heads, config.memory_head_dim],
         "memory_num_slots": config.memory_num_slots if config.update_rule == "slot" else None,
         "memory_conv_size": config.memory_conv_size,
         "memory_context_size": config.memory_context_size,
+        "routing_basis": config.routing_basis if config.store == "routed" else None,
+        "num_memory_banks": config.num_memory_banks if config.store == "banks" else None,
+        "segments_per_bank": config.segments_per_bank if config.store == "banks" else None,
+        "num_memories": config.num_memories if config.store in ("multi", "hierarchical") else None,
+        "memory_sharing": config.memory_sharing or None,
+        "alibi_scale": config.alibi_scale if config.use_alibi else None,
     }
 
 
@@ -191,6 +206,22 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def memories_in(tensors: dict[str, Tensor]) -> dict[int, MemoryState]:
+    """The associative memory of each layer that writes one, among the tensors of :func:`load_tensors`."""
+    found = {}
+    for name in tensors:
+        if name.endswith(".memory.memory.M"):
+            fields = _fields(tensors, name.removesuffix("M"), MemoryState)
+            slots = _fields(tensors, name.removesuffix("M") + "slots.", Slots)
+            found[int(name.split(".")[1])] = MemoryState(**{**fields, "slots": Slots(**slots) if slots else None})
+    return dict(sorted(found.items()))
+
+
+def _fields(tensors: dict[str, Tensor], prefix: str, of: type[MemoryState] | type[Slots]) -> dict[str, Any]:
+    found = {name: tensors.get(prefix + name) for name in of._fields}
+    return found if any(tensor is not None for tensor in found.values()) else {}
+
+
 def _checksum(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
     rest = {name: value for name, value in header.items() if name != "checksum"}
     # through JSON once more: a tuple that was saved comes back as a list
@@ -210,13 +241,14 @@ def _trim(state: ModelState) -> ModelState:
     So after flush() nothing of the window is left.
     """
     filled = state.valid.any(0)
-    first = int(filled.int().argmax()) if filled.any() else filled.numel()
+    slots = filled.numel()
+    first = int(filled.int().argmax()) if filled.any() else slots
     sinks = slice(None if state.since_flush.any() else 0)
     layers = tuple(
         layer._replace(
             sink_keys=layer.sink_keys[:, :, sinks],
             sink_values=layer.sink_values[:, :, sinks],
-            memory=layer.memory and layer.memory._replace(recent=layer.memory.recent[:, first:]),
+            memory=layer.memory and layer.memory._replace(recent=_of_the_last(layer.memory.recent, slots - first)),
         )
         for layer in state.layers
     )
@@ -226,6 +258,11 @@ def _trim(state: ModelState) -> ModelState:
         valid=state.valid[:, first:],
         surprise=None if state.surprise is None else state.surprise[:, first:],
     )
+
+
+def _of_the_last(recent: Tensor, tokens: int) -> Tensor:
+    """Of a layer's recent inputs ``[B, slots, hidden]`` those of the last tokens."""
+    return recent[:, max(recent.shape[1] - tokens, 0) :]
 
 
 def restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:

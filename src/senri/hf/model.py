@@ -16,7 +16,16 @@ from transformers.utils.generic import can_return_tuple
 from senri.hf.cache import LayerState, ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.decoder import AttentionPlan, SenriDecoderLayer, SenriRotaryEmbedding
-from senri.layers import MemoryAttention, MemoryLayerState, MemoryStream, new_sinks, sinks_behind, taps_of, window_plan
+from senri.layers import (
+    MemoryAttention,
+    MemoryLayerState,
+    MemoryStream,
+    Writing,
+    new_sinks,
+    sinks_behind,
+    taps_of,
+    window_plan,
+)
 from senri.memory.stream import unpack_index
 
 INFERENCE_PIECE = 2048  # tokens of one pass without gradient: bounds the activations of a long prompt
@@ -105,7 +114,7 @@ class SenriModel(SenriPreTrainedModel):
         cache = past_key_values if past_key_values is not None else self.new_cache()
         mask = self._check_inputs(input_ids, inputs_embeds, attention_mask, cache)
         if cache.state is None:
-            cache.state = self.empty_state(inputs_embeds.shape[0], inputs_embeds.dtype)
+            cache.state = self.empty_state(inputs_embeds.shape[0], inputs_embeds.dtype, training=self.training)
         self._check_padding(mask, cache, inputs_embeds.shape[1])
         self.catch_up(cache)
         outputs, collected = [], []
@@ -166,7 +175,7 @@ class SenriModel(SenriPreTrainedModel):
                 plan = self._plan(
                     piece, layers[i].keys.shape[2], state.position[:, None] + index, state.since_flush[:, None] + index
                 )
-                out, _, layers[i] = self.layers[i](piece, layers[i]._replace(memory=None), plan, None)
+                out, _, layers[i], _ = self.layers[i](piece, layers[i]._replace(memory=None), plan, None)
                 outputs.append(out)
                 before -= piece.shape[1]
             hidden = torch.cat(outputs, dim=1)
@@ -209,7 +218,7 @@ class SenriModel(SenriPreTrainedModel):
         layers = list(state.layers)
         waiting: dict[int, Tensor] = {}
         for i, layer in enumerate(self.layers[:first]):
-            hidden, memory_input, layers[i] = layer(hidden, state.layers[i], plan, stream)
+            hidden, memory_input, layers[i], _ = layer(hidden, state.layers[i], plan, stream)
             if memory_input is not None:
                 waiting[i] = memory_input
         waiting[first] = cast(SenriDecoderLayer, self.layers[first]).input_layernorm(hidden)
@@ -281,9 +290,11 @@ class SenriModel(SenriPreTrainedModel):
         for i, old in enumerate(state.layers):
             memory = old.memory
             if memory is not None:
-                blank = memory.recent.new_zeros(*nothing.shape, memory.recent.shape[2])
-                _, memory = self.memories[i](blank, stream, memory, self.embed_tokens.weight)
-                memory = memory._replace(memory=memory.memory.end_of_text(), recent=torch.zeros_like(memory.recent))
+                if memory.memory is not None:
+                    blank = memory.recent.new_zeros(*nothing.shape, memory.recent.shape[2])
+                    _, memory = self.memories[i](blank, stream, memory, self.embed_tokens.weight)
+                    memory = memory._replace(memory=memory.memory.end_of_text())
+                memory = memory._replace(recent=torch.zeros_like(memory.recent))
             sinks = (torch.zeros_like(old.sink_keys), torch.zeros_like(old.sink_values))
             layers.append(LayerState(old.keys[:, :, :0], old.values[:, :, :0], *sinks, memory))
         empty = torch.zeros_like(state.ids)
@@ -326,9 +337,10 @@ class SenriModel(SenriPreTrainedModel):
         layers: list[LayerState] = []
         waiting: dict[int, Tensor] = {}
         inputs = []
+        shared: Writing | None = None
         for i, layer in enumerate(self.layers):
             inputs.append(hidden)
-            hidden, memory_input, new = self._run_layer(layer, hidden, state.layers[i], plan, stream)
+            hidden, memory_input, new, shared = self._run_layer(layer, hidden, state.layers[i], plan, stream, shared)
             layers.append(new)
             if memory_input is not None:
                 waiting[i] = memory_input
@@ -340,7 +352,11 @@ class SenriModel(SenriPreTrainedModel):
             last_hidden = hidden[:, -1].detach()
             stream = self._stream(state, valid, ids, surprise)
         for i, memory_input in waiting.items():
-            read, memory = self.memories[i](memory_input, stream, state.layers[i].memory, self.embed_tokens.weight)
+            module, embedding = self.memories[i], self.embed_tokens.weight
+            old = cast(MemoryLayerState, state.layers[i].memory)
+            if module.writes:
+                shared = module.writing(memory_input, stream, old, embedding)
+            read, memory = module(memory_input, stream, old, embedding, shared)
             layers[i] = layers[i]._replace(memory=memory)
             hidden = hidden + read
         slots = state.ids.shape[1]
@@ -357,7 +373,7 @@ class SenriModel(SenriPreTrainedModel):
         cache.commit(new_state, steps)
         return hidden, inputs
 
-    def _run_layer(self, layer: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None, LayerState]:
+    def _run_layer(self, layer: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None, LayerState, Writing | None]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # transformers' own wrapper drops the cache, and with it the memory: state in, state out instead
             return checkpoint(layer, *args, use_reentrant=False)
@@ -441,8 +457,8 @@ class SenriModel(SenriPreTrainedModel):
                 "rows of different lengths one by one, each from its own state"
             )
 
-    def empty_state(self, batch_size: int, dtype: torch.dtype) -> ModelState:
-        """The state before any token, for ``batch_size`` rows."""
+    def empty_state(self, batch_size: int, dtype: torch.dtype, *, training: bool = False) -> ModelState:
+        """The state before any token, for ``batch_size`` rows; in ``train()`` a store may be a single memory."""
         config, device, memories = self.config, self.embed_tokens.weight.device, self.memories
         slots = config.sliding_window_size + taps_of(config.memory_conv_size, config.memory_context_size) - 1
         keys = torch.zeros(batch_size, config.num_key_value_heads, 0, config.head_dim, dtype=dtype, device=device)
@@ -453,7 +469,7 @@ class SenriModel(SenriPreTrainedModel):
                 keys,
                 sinks.clone(),  # a file must not find one tensor under two names
                 sinks.clone(),
-                memories[i].init_state(batch_size, dtype, device) if i in memories else None,
+                memories[i].init_state(batch_size, dtype, device, training=training) if i in memories else None,
             )
             for i in range(config.num_hidden_layers)
         )

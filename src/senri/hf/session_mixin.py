@@ -13,6 +13,7 @@ from torch import Tensor
 from senri.data import iter_pieces, iter_tokens
 from senri.hf import memory_file
 from senri.hf.cache import SenriCache
+from senri.memory.svd import SVDCleaning, SVDCleaningStats, svd_cleaning_of_all
 
 if TYPE_CHECKING:
     from senri.hf.configuration_senri import SenriConfig
@@ -97,18 +98,25 @@ class SessionMixin:
         """Go on from ``state`` (which stays as it is), opening a session.
 
         Raises:
-            ValueError: the state's shapes are not this model's. Another dtype or device is converted.
+            ValueError: the state's store or shapes are not this model's. Another dtype or device is converted.
         """
         session = state.fork()
         self.model.catch_up(session)
         if session.state is not None:
-            empty = self.model.empty_state(session.state.position.shape[0], self.dtype)
+            empty = self.model.new_cache()
+            empty.state = self.model.empty_state(session.state.position.shape[0], self.dtype)
+            for mine, its in zip(empty.memories.values(), session.memories.values(), strict=False):
+                if mine.store != its.store:
+                    raise ValueError(
+                        f"this memory state is of store {its.store or 'single'!r}, the model's of "
+                        f"{mine.store or 'single'!r}"
+                    )
             theirs = session.named_tensors()
-            if _shapes(memory_file.named_tensors(empty)) != _shapes(theirs):
+            if _shapes(empty.named_tensors()) != _shapes(theirs):
                 raise ValueError(
                     "this memory state has other shapes than the model: it belongs to another configuration"
                 )
-            session.state = memory_file.restore(empty, theirs)
+            session.state = memory_file.restore(empty.state, theirs)
         self.session = session
 
     def flush(self) -> None:
@@ -128,6 +136,7 @@ class SessionMixin:
         *,
         piece_size: int = READ_PIECE,
         progress: bool | Callable[[ReadProgress], None] = False,
+        cleaning: SVDCleaning | None = None,
     ) -> ReadProgress:
         """Read a text of any length into the session (opening one if none is), without computing logits.
 
@@ -138,9 +147,10 @@ class SessionMixin:
             tokenizer: for texts.
             piece_size: tokens of one pass.
             progress: True for a bar, or a function called after each piece.
+            cleaning: when :meth:`svd_cleaning` is done after a piece; None: never.
 
         Raises:
-            ValueError: a text without a tokenizer, nothing to read, a model in ``train()``.
+            ValueError: a text without a tokenizer, nothing to read, a model in ``train()``; cleaning of rule ``slot``.
         """
         if self.training:
             raise ValueError("read() continues a session, which train() never does: call model.eval() first")
@@ -153,7 +163,10 @@ class SessionMixin:
                 if self.session is None:
                     self.reset_memory(piece.shape[0])
                 assert self.session is not None
+                before = list(self.session.memories.values())
                 self.model.read(piece.to(self.device), self.session)
+                if cleaning is not None and cleaning.is_due(before, list(self.session.memories.values())):
+                    self.svd_cleaning(cleaning.energy_threshold, cleaning.max_rank)
                 tokens += piece.shape[1]
                 now = ReadProgress(tokens, total, time.perf_counter() - started, self.session.nbytes)
                 if report is not None:
@@ -164,6 +177,20 @@ class SessionMixin:
         if not tokens:
             raise ValueError("there is nothing to read: the text is empty")
         return now
+
+    def svd_cleaning(self, energy_threshold: float = 0.95, max_rank: int | None = None) -> SVDCleaningStats:
+        """Replace the session's memory matrices by their best approximations of low rank, see
+        :func:`senri.memory.svd.svd_cleaning`; the statistics are of all layers, which stand before the other axes.
+
+        Raises:
+            RuntimeError: no session is open, or its memories are empty.
+            ValueError: impossible numbers; rule ``slot``.
+        """
+        session = self._open_session()
+        memories = session.memories
+        cleaned, stats = svd_cleaning_of_all(list(memories.values()), energy_threshold, max_rank)
+        session.replace_memories(dict(zip(memories, cleaned, strict=True)))
+        return stats
 
     def save_memory(self, path: str | Path, tokenizer: Any = None, **notes: Any) -> None:
         """Save the session to one file, atomically; call ``flush()`` first at the end of a text.

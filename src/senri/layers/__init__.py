@@ -1,6 +1,6 @@
 """Modules built from plain numbers: exact local attention and the memory that reads what left it."""
 
-from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate, taps_of
+from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate, Writing, taps_of
 from senri.layers.sinks import NewSinks, Sinks, new_sinks, sinks_behind
 from senri.layers.sliding_window import WindowPlan, sliding_window_attention, window_plan
 
@@ -12,6 +12,7 @@ __all__ = [
     "Sinks",
     "WindowPlan",
     "WriteGate",
+    "Writing",
     "new_sinks",
     "sinks_behind",
     "sliding_window_attention",

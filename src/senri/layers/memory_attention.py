@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from senri.layers.context_attention import ContextAttention
-from senri.memory import MemoryState, SlotParameters, feature_dim, read, scan
+from senri.memory import Hierarchical, MemoryState, SlotParameters, Store, feature_dim, read, scan
+from senri.memory.alibi import alibi_log_alpha, alibi_slopes
 from senri.memory.rules import RULES
 
 WRITE_GATE_WIDTH = 64  # hidden units
@@ -136,29 +137,36 @@ class ReadScale(nn.Module):
 class SlotGate(nn.Module):
     """What rule ``slot`` learns beside keys and values (:class:`senri.memory.SlotParameters`).
 
-    And each query's logit of finding nothing: a token that asks for nothing can be told from its hidden state.
+    And each query's logit of finding nothing: a token that asks for nothing can be told from its hidden state. What
+    only reads a memory has nothing to learn of its writing.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_memories: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, num_memories: int, *, writes: bool = True) -> None:
         super().__init__()
+        self.writes = writes
         self.null_proj = nn.Linear(hidden_size, num_heads)
         self.log_sharpness = nn.Parameter(torch.empty(num_memories))
-        self.same_at = nn.Parameter(torch.empty(num_memories))
-        self.log_slope = nn.Parameter(torch.empty(num_memories))
+        if writes:
+            self.same_at = nn.Parameter(torch.empty(num_memories))
+            self.log_slope = nn.Parameter(torch.empty(num_memories))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start values."""
-        start = SlotParameters.default(len(self.same_at), torch.float32, self.same_at.device)
+        start = SlotParameters.default(len(self.log_sharpness), torch.float32, self.log_sharpness.device)
         self.log_sharpness.copy_(start.sharpness.log())
-        self.same_at.copy_(start.same_at)
-        self.log_slope.copy_(start.slope.log())
+        if self.writes:
+            self.same_at.copy_(start.same_at)
+            self.log_slope.copy_(start.slope.log())
         nn.init.zeros_(self.null_proj.weight)
         nn.init.constant_(self.null_proj.bias, NOTHING)
 
-    def parameters_of_rule(self) -> SlotParameters:
-        """For :func:`senri.memory.scan`."""
-        return SlotParameters(_full(self.log_sharpness).exp(), _full(self.same_at), _full(self.log_slope).exp())
+    def parameters_of_rule(self, writer: SlotParameters | None = None) -> SlotParameters:
+        """For :func:`senri.memory.scan`; ``writer``: those of the layer that writes, if this one does not."""
+        sharpness = _full(self.log_sharpness).exp()
+        if writer is not None:
+            return writer._replace(sharpness=sharpness)
+        return SlotParameters(sharpness, _full(self.same_at), _full(self.log_slope).exp())
 
     def null(self, hidden: Tensor) -> Tensor:
         """``[..., hidden]`` -> ``[..., H]``, at least float32."""
@@ -183,11 +191,19 @@ class Leaving(NamedTuple):
     valid: Tensor  # [B, T] bool
 
 
+class Writing(NamedTuple):
+    """What a layer writes during one piece: all that the layers that share its memory need, to read it too."""
+
+    pairs: Leaving
+    memory: MemoryState  # before the piece
+    slot: SlotParameters | None  # of rule slot
+
+
 class MemoryLayerState(NamedTuple):
     """State of one memory layer: what was written, and the layer inputs that are still in the window."""
 
-    memory: MemoryState
-    recent: Tensor  # [B, W + K - 1, hidden], the model's dtype
+    memory: MemoryState | None  # None: the layer reads another one's
+    recent: Tensor  # [B, W + K - 1, hidden], the model's dtype; [B, K - 1, hidden] where the layer does not write
 
 
 def taps_of(conv_size: int, context_size: int) -> int:
@@ -205,7 +221,12 @@ class MemoryAttention(nn.Module):
         hidden_size: width of the layer's input.
         num_heads, num_key_value_heads, head_dim: query heads, memories, width of both keys and values.
         window: W, in tokens.
-        rule, feature_map, chunk_size, segment_size, num_slots: see :func:`senri.memory.scan`.
+        rule, feature_map, chunk_size, segment_size, num_slots, store: see :func:`senri.memory.scan`. The gate of store
+            ``hierarchical`` is a linear map of the layer's input.
+        trained_as_one: whether there is no store in ``train()``.
+        alibi_scale: of the slopes by which pairs fade (:mod:`senri.memory.alibi`); None: they do not.
+        writes: False for a layer that reads the memory of another one (see :class:`Writing`), as layers share keys and
+            values in cross-layer attention (Brandon et al. 2024, arXiv:2405.12981).
         conv_size: taps of a causal depthwise convolution on q, k and v; 0 for none (Gated DeltaNet, section 3.3).
         context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none
             (:class:`ContextAttention`). A key is made of the tokens before its pair, a query of the last ones.
@@ -237,33 +258,42 @@ class MemoryAttention(nn.Module):
         context_heads: int = 1,
         write_gate: str = "none",
         readout: str = "layer",
+        store: Store | None = None,
+        trained_as_one: bool = False,
+        alibi_scale: float | None = None,
+        writes: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.window, self.conv_size, self.context_size = window, conv_size, context_size
         self.taps = taps_of(conv_size, context_size)
-        self.rule, self.selective, self.readout = rule, write_gate != "none", readout
+        self.rule, self.selective, self.readout = rule, writes and write_gate != "none", readout
+        self.store, self.trained_as_one, self.alibi_scale, self.writes = store, trained_as_one, alibi_scale, writes
         self.feature_map = feature_map or RULES[rule].feature_map
         self.chunk_size, self.segment_size, self.num_slots = chunk_size, segment_size, num_slots
         query_size, key_size = num_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, query_size)
-        self.k_proj = nn.Linear(hidden_size, key_size)
-        self.v_proj = nn.Linear(hidden_size, key_size)
+        if writes:
+            self.k_proj = nn.Linear(hidden_size, key_size)
+            self.v_proj = nn.Linear(hidden_size, key_size)
         if readout != "mix":  # a mix goes through the attention's own output projection
             self.o_proj = nn.Linear(query_size, hidden_size, bias=False)
         if conv_size:
             self.q_conv = nn.Parameter(torch.empty(query_size, conv_size))
-            self.k_conv = nn.Parameter(torch.empty(key_size, conv_size))
-            if readout != "head":  # the values of the head read-out are single tokens
+            if writes:
+                self.k_conv = nn.Parameter(torch.empty(key_size, conv_size))
+            if writes and readout != "head":  # the values of the head read-out are single tokens
                 self.v_conv = nn.Parameter(torch.empty(key_size, conv_size))
         if context_size:
             self.context = ContextAttention(hidden_size, context_heads, context_size)
-        if write_gate != "none":
+        if self.selective:
             self.write_gate = WriteGate(hidden_size, num_key_value_heads, surprise=write_gate == "surprise")
-        if rule == "gated_delta":
+        if rule == "gated_delta" and writes:
             self.forget_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
         if rule == "slot":
-            self.slot_gate = SlotGate(hidden_size, num_heads, num_key_value_heads)
+            self.slot_gate = SlotGate(hidden_size, num_heads, num_key_value_heads, writes=writes)
+        if isinstance(store, Hierarchical):
+            self.expand_gate_proj = nn.Linear(hidden_size, num_heads)
         if readout == "head":
             self.read_gate = ReadScale(num_heads) if rule == "slot" else ReadGate(hidden_size, num_heads)
         if readout == "mix":
@@ -273,43 +303,50 @@ class MemoryAttention(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start values: identity-like projections, a branch that adds nothing, gates that can move."""
-        for linear in (self.q_proj, self.k_proj, self.v_proj):
-            if linear.in_features == linear.out_features:
-                nn.init.eye_(linear.weight)
-            else:  # in float32: QR knows no half precision
-                start = torch.empty(linear.weight.shape, device="cpu", dtype=torch.float32)
-                # one matrix for all: equal states give equal keys and queries, and every process the same model
-                nn.init.orthogonal_(start, generator=torch.Generator("cpu").manual_seed(0))
-                linear.weight.copy_(start)
+        # one matrix for all: equal states give equal keys and queries, and every process the same model
+        rows = self.num_key_value_heads * self.head_dim
+        start = torch.empty(rows, self.q_proj.in_features, device="cpu", dtype=torch.float32)  # QR knows no half
+        if start.shape[0] == start.shape[1]:
+            start = torch.eye(rows, device="cpu")
+        else:
+            nn.init.orthogonal_(start, generator=torch.Generator("cpu").manual_seed(0))
+        for linear in (self.k_proj, self.v_proj) if self.writes else ():
+            linear.weight.copy_(start)
             nn.init.zeros_(linear.bias)
-        self.q_proj.weight.copy_(self.for_query_heads(self.k_proj.weight))
+        self.q_proj.weight.copy_(self.for_query_heads(start))
+        nn.init.zeros_(self.q_proj.bias)
         if self.context_size:
             self.context.reset_parameters()
         if self.conv_size:
             # A key is made of the tokens before its pair: asking with the present finds what followed in the past.
             # The nearest counts most; the ones before it tell apart what ends alike.
             nn.init.zeros_(self.q_conv)
-            nn.init.zeros_(self.k_conv)
             for back in range(self.taps - 1):
-                self.q_conv[:, -1 - back] = self.k_conv[:, -2 - back] = 0.5**back
-            if self.readout != "head":
+                self.q_conv[:, -1 - back] = 0.5**back
+            if self.writes:
+                nn.init.zeros_(self.k_conv)
+                self.k_conv[:, :-1] = self.q_conv[: len(self.k_conv), 1:]
+            if self.writes and self.readout != "head":
                 nn.init.zeros_(self.v_conv)
                 self.v_conv[:, -1] = 1.0
         if self.readout == "layer":
             nn.init.zeros_(self.o_proj.weight)
         if self.readout == "head":
             # the transpose of v_proj: what was put in as an embedding comes out as one
-            self.o_proj.weight.copy_(self.for_query_heads(self.v_proj.weight).T / self._groups)
+            self.o_proj.weight.copy_(self.for_query_heads(start).T / self._groups)
             self.read_gate.reset_parameters()
         if self.rule == "slot":
             self.slot_gate.reset_parameters()
         if self.selective:
             self.write_gate.reset_parameters()
-        if self.rule == "gated_delta":
+        if self.rule == "gated_delta" and self.writes:
             nn.init.zeros_(self.forget_gate_proj.weight)
             nn.init.constant_(self.forget_gate_proj.bias, -8.0)  # half-life of about 2000 tokens
         if self.readout == "mix":
             nn.init.constant_(self.mix_gate, -4.0)  # sigmoid 0.018, slope 0.018
+        if isinstance(self.store, Hierarchical):  # half coarse, half fine: where the gate moves most easily
+            nn.init.zeros_(self.expand_gate_proj.weight)
+            nn.init.zeros_(self.expand_gate_proj.bias)
 
     @property
     def _groups(self) -> int:
@@ -319,20 +356,44 @@ class MemoryAttention(nn.Module):
         """Rows of the memory heads ``[H * D, ...]`` for the query heads that read them: head ``h`` reads ``h // G``."""
         return weight.unflatten(0, (-1, self.head_dim)).repeat_interleave(self._groups, 0).flatten(0, 1)
 
-    def init_state(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> MemoryLayerState:
-        """An empty state: nothing written, nothing in the window."""
-        width = feature_dim(self.feature_map, self.head_dim)
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        memory = MemoryState.zeros(
-            batch_size, self.num_key_value_heads, self.head_dim, width,
-            rule=self.rule, num_slots=self.num_slots, dtype=state_dtype, device=device,
+    def store_in(self, training: bool) -> Store | None:
+        """The store in ``train()``, or in ``eval()``."""
+        return None if training and self.trained_as_one else self.store
+
+    def empty_memory(
+        self,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        *,
+        num_slots: int | None = None,
+        training: bool = False,
+    ) -> MemoryState:
+        """A memory that nothing was written to; ``training``: as :meth:`store_in` says."""
+        store = self.store_in(training)
+        return MemoryState.zeros(
+            batch_size, self.num_key_value_heads, self.head_dim, feature_dim(self.feature_map, self.head_dim),
+            rule=self.rule, num_slots=num_slots or self.num_slots,
+            num_memories=None if store is None else store.size, store=None if store is None else store.name,
+            dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device,
         )  # fmt: skip
-        slots = self.window + self.taps - 1
+
+    def init_state(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device, *, training: bool = False
+    ) -> MemoryLayerState:
+        """An empty state: nothing written, nothing in the window."""
+        memory = self.empty_memory(batch_size, dtype, device, training=training) if self.writes else None
+        slots = self.window * self.writes + self.taps - 1
         recent = torch.zeros(batch_size, slots, self.q_proj.in_features, dtype=dtype, device=device)
         return MemoryLayerState(memory, recent)
 
     def forward(
-        self, hidden: Tensor, stream: MemoryStream, state: MemoryLayerState, embedding: Tensor | None = None
+        self,
+        hidden: Tensor,
+        stream: MemoryStream,
+        state: MemoryLayerState,
+        embedding: Tensor | None = None,
+        writing: Writing | None = None,
     ) -> tuple[Tensor, MemoryLayerState]:
         """Write what leaves the window while ``hidden`` comes in, and read at each of its positions.
 
@@ -341,6 +402,7 @@ class MemoryAttention(nn.Module):
             stream: flags, ids and surprise of recent and new tokens.
             state: from the last call, or :meth:`init_state`.
             embedding: token embeddings ``[vocabulary, hidden]``, for the ``head`` read-out.
+            writing: from :meth:`writing`, of the layer whose memory is read; None: found here.
 
         Returns:
             what to add: ``[B, T, hidden]`` (``mix``: the read itself, ``[B, T, H, D]``), and the new state.
@@ -348,15 +410,28 @@ class MemoryAttention(nn.Module):
         steps = hidden.shape[1]
         inputs = torch.cat([state.recent, hidden], dim=1)
         past = steps + self.taps - 1
-        pairs = self._leaving(inputs, stream, steps, embedding)
+        if writing is None:
+            writing = self.writing(hidden, stream, state, embedding)
+        pairs = writing.pairs
         out, memory = self.write_and_read(
-            self._over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, state.memory,
+            self._over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, writing.memory,
             beta=pairs.beta, log_alpha=pairs.log_alpha, mask=pairs.valid, null=self._null(hidden),
+            expand=self._expand(hidden), slot=writing.slot,
         )  # fmt: skip
-        new_state = MemoryLayerState(memory, inputs[:, steps:])
+        new_state = MemoryLayerState(memory if self.writes else None, inputs[:, steps:])
         if self.readout == "mix":
             return out.to(hidden.dtype), new_state
         return self.read_out(hidden, out), new_state
+
+    def writing(
+        self, hidden: Tensor, stream: MemoryStream, state: MemoryLayerState, embedding: Tensor | None = None
+    ) -> Writing:
+        """What :meth:`forward` will write, which other layers may read too: arguments as there."""
+        assert state.memory is not None
+        inputs = torch.cat([state.recent, hidden], dim=1)
+        return Writing(
+            self._leaving(inputs, stream, hidden.shape[1], state.memory, embedding), state.memory, self._slot_of()
+        )
 
     def write(
         self, hidden: Tensor, stream: MemoryStream, state: MemoryLayerState, embedding: Tensor | None = None
@@ -364,9 +439,13 @@ class MemoryAttention(nn.Module):
         """The new state of :meth:`forward`, without reading: arguments as there."""
         steps = hidden.shape[1]
         inputs = torch.cat([state.recent, hidden], dim=1)
-        pairs = self._leaving(inputs, stream, steps, embedding)
+        if state.memory is None:
+            return MemoryLayerState(None, inputs[:, steps:])
+        pairs = self._leaving(inputs, stream, steps, state.memory, embedding)
         count = pairs.valid.sum(1)
-        if pairs.beta is not None and pairs.log_alpha is None and not RULES[self.rule].segmented:
+        store = self.store_in(self.training)
+        segmented = RULES[self.rule].segmented or (store is not None and store.segmented)
+        if pairs.beta is not None and pairs.log_alpha is None and not segmented:
             # What is not written changes nothing but the count, and ends a run of what is: one of it shows that.
             some = ((pairs.beta > 0).any(-1) & pairs.valid).any(0)
             some[1:] |= some[:-1].clone()
@@ -380,7 +459,9 @@ class MemoryAttention(nn.Module):
         memory = memory._replace(written=state.memory.written + count)
         return MemoryLayerState(memory, inputs[:, steps:])
 
-    def _leaving(self, inputs: Tensor, stream: MemoryStream, steps: int, embedding: Tensor | None) -> Leaving:
+    def _leaving(
+        self, inputs: Tensor, stream: MemoryStream, steps: int, memory: MemoryState, embedding: Tensor | None
+    ) -> Leaving:
         """What leaves the window while the last ``steps`` of ``inputs`` ``[B, W + K - 1 + T, hidden]`` come in."""
         past = slice(0, steps + self.taps - 1)  # of what leaves, and before
         part = slice(self.taps - 1, past.stop)
@@ -389,7 +470,7 @@ class MemoryAttention(nn.Module):
             self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0),
             self._values(inputs[:, past], stream, embedding),
             beta,
-            self._log_forget(inputs[:, part]),
+            self._log_forget(inputs[:, part], stream.valid[:, part], memory.written),
             stream.valid[:, part],
         )
 
@@ -404,30 +485,46 @@ class MemoryAttention(nn.Module):
         log_alpha: Tensor | None = None,
         mask: Tensor | None = None,
         null: Tensor | None = None,
+        expand: Tensor | None = None,
+        slot: SlotParameters | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """:func:`senri.memory.scan` of keys, queries and values ``[B, T, H * D]``, for :meth:`read_out`.
+
+        Args:
+            slot: of the layer that writes; None: this one.
 
         Returns:
             reads ``[B, T, H, D]``, for the :class:`ReadGate` ``[B, T, H * (1 + STRAY), D]``: each head's own and the
             stray ones behind it; and the new state.
         """
         k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
+        q = self._with_strays(q)
+        if isinstance(self.store, Hierarchical) and expand is None:  # nobody listens
+            expand = q.new_zeros(q.shape[:3])
         return scan(
-            self._with_strays(q), k, v, state, rule=self.rule, feature_map=self.feature_map,
-            chunk_size=self.chunk_size, segment_size=self.segment_size, num_slots=self.num_slots, slot=self._slot,
-            beta=beta, log_alpha=log_alpha, mask=mask, null=null,
+            q, k, v, state, rule=self.rule, feature_map=self.feature_map,
+            chunk_size=self.chunk_size, segment_size=self.segment_size, num_slots=self.num_slots,
+            slot=self._slot_of(slot), beta=beta, log_alpha=log_alpha, mask=mask, null=null,
+            store=self.store_in(self.training), expand=expand,
         )  # fmt: skip
 
     def read_all(self, q: Tensor, hidden: Tensor, state: MemoryState) -> Tensor:
         """The reads of :meth:`write_and_read` at the inputs ``hidden``, where nothing more is written."""
         return read(
-            self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map, slot=self._slot,
-            null=self._null(hidden),
+            self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map, slot=self._slot_of(),
+            null=self._null(hidden), store=self.store_in(self.training), expand=self._expand(hidden),
+            segment_size=self.segment_size,
         )  # fmt: skip
 
-    @property
-    def _slot(self) -> SlotParameters | None:
-        return self.slot_gate.parameters_of_rule() if self.rule == "slot" else None
+    def _slot_of(self, writer: SlotParameters | None = None) -> SlotParameters | None:
+        return self.slot_gate.parameters_of_rule(writer) if self.rule == "slot" else None
+
+    def _expand(self, hidden: Tensor) -> Tensor | None:
+        """The gate of store ``hierarchical`` for each query, the stray ones as its own: ``[B, T, Hq]``."""
+        if not isinstance(self.store, Hierarchical):
+            return None
+        gate = _full(self.expand_gate_proj(hidden)).sigmoid()
+        return gate.repeat_interleave(1 + STRAY, -1) if self.readout == "head" else gate
 
     def _null(self, hidden: Tensor) -> Tensor | None:
         return self.slot_gate.null(hidden) if self.rule == "slot" else None
@@ -439,10 +536,10 @@ class MemoryAttention(nn.Module):
         strays = [q.roll(self.head_dim * i // (STRAY + 1), -1) for i in range(STRAY + 1)]
         return torch.stack(strays, -2).flatten(-3, -2)
 
-    def read_mask(self, stream: MemoryStream, state: MemoryLayerState, steps: int) -> Tensor:
-        """``[B, T]``: whether anything was written when each position reads (``state``: before the call)."""
-        leaving = stream.valid[:, self.taps - 1 : self.taps - 1 + steps]
-        return state.memory.written[:, None] + leaving.cumsum(1) > 0
+    @staticmethod
+    def read_mask(writing: Writing) -> Tensor:
+        """``[B, T]``: whether anything was written when each position reads."""
+        return writing.memory.written[:, None] + writing.pairs.valid.cumsum(1) > 0
 
     def address(self, name: str, rows: Tensor, at: Tensor, valid: Tensor) -> Tensor:
         """Keys or queries of ``n`` positions, each made of its own token and those before it.
@@ -516,5 +613,12 @@ class MemoryAttention(nn.Module):
         surprise = None if stream.surprise is None else stream.surprise[:, part]
         return self.write_gate(inputs[:, part], following, surprise)
 
-    def _log_forget(self, leaving: Tensor) -> Tensor | None:
-        return -F.softplus(_full(self.forget_gate_proj(leaving))) if self.rule == "gated_delta" else None
+    def _log_forget(self, leaving: Tensor, valid: Tensor, written: Tensor) -> Tensor | None:
+        """``[B, T, H]`` of the leaving tokens ``[B, T, hidden]``; ``written`` ``[B]`` pairs came before them."""
+        learned = -F.softplus(_full(self.forget_gate_proj(leaving))) if self.rule == "gated_delta" else None
+        if self.alibi_scale is None:
+            return learned
+        positions = written[:, None] + valid.cumsum(1) - 1
+        slopes = self.alibi_scale * alibi_slopes(self.num_key_value_heads)
+        faded = alibi_log_alpha(positions, slopes, self.segment_size)
+        return faded if learned is None else learned + faded

@@ -32,12 +32,13 @@ def merge(states: Sequence[MemoryState], weights: Sequence[float] | None = None)
     for state, weight in zip(states, weights, strict=True):
         if state.z is None or state.M_segment is not None:
             raise ValueError("only memories of rule 'linear' can be added")
-        if state.M.shape != M.shape:
-            raise ValueError(f"memories of shapes {list(M.shape)} and {list(state.M.shape)} cannot be added")
+        if (state.M.shape, state.store) != (M.shape, states[0].store):
+            both = " and ".join(f"{list(s.M.shape)} of store {s.store or 'single'!r}" for s in (states[0], state))
+            raise ValueError(f"memories of shapes {both} cannot be added")
         if state.pending is not None:
             raise ValueError("pairs that are pending cannot be added: write them first (scan with delay=0)")
         M, z, written = M + weight * state.M, z + weight * state.z, written + state.written
-    return MemoryState(M, z, None, None, written)
+    return MemoryState(M, z, None, None, written, store=states[0].store)
 
 
 def forget(

@@ -58,7 +58,8 @@ def scan(
         width = feature_dim(name, key_dim)
         state = MemoryState.zeros(
             len(spans), heads, v.shape[-1], width, rule=rule, num_slots=num_slots,
-            num_memories=None if store is None else store.size, dtype=torch.float64,
+            num_memories=None if store is None else store.size, store=None if store is None else store.name,
+            dtype=torch.float64,
         )  # fmt: skip
     slot = slot or SlotParameters.default(heads, torch.float64, q.device)
     null = torch.zeros(q.shape[:3], dtype=torch.float64) if null is None else null.double()
@@ -95,7 +96,7 @@ def _stack(states: list[MemoryState], delay: int, has_gates: tuple[bool, bool]) 
     slots = None
     if states[0].slots is not None:
         slots = Slots(*(torch.stack(parts) for parts in zip(*(s.slots for s in states), strict=True)))  # type: ignore[misc]
-    return MemoryState(M, z, M_segment, z_segment, written, pending, slots)  # type: ignore[arg-type]
+    return MemoryState(M, z, M_segment, z_segment, written, pending, slots, states[0].store)  # type: ignore[arg-type]
 
 
 def _scan_row(

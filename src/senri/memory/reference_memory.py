@@ -178,4 +178,5 @@ class HeadMemories:
 
         M, z, K = stack("M"), stack("z"), stack("K")
         slots = None if K is None else Slots(*map(stack, Slots._fields))  # type: ignore[arg-type]
-        return MemoryState(M, z, stack("M_segment"), stack("z_segment"), written, pending, slots)  # type: ignore[arg-type]
+        segment, name = (stack("M_segment"), stack("z_segment")), stores[0].store and stores[0].store.name
+        return MemoryState(M, z, *segment, written, pending, slots, name)  # type: ignore[arg-type]

@@ -109,6 +109,7 @@ def scan(
             rule=rule,
             num_slots=num_slots,
             num_memories=None if store is None else store.size,
+            store=None if store is None else store.name,
             dtype=dtype,
             device=q.device,
         )
@@ -140,8 +141,10 @@ def read(
     """What the queries ``[B, T, Hq, Dk]`` find in a memory that is not written meanwhile: ``[B, T, Hq, Dv]``.
 
     As :func:`scan` whose every pair is masked, at the cost of the reads alone; the pairs pending in ``state`` stay so.
+    Any store of as many memories may read what another one wrote.
     """
     check_store(store, rule, expand)
+    _check_size(state, store)
     sigma = FEATURE_MAPS[feature_map or RULES[rule].feature_map]
     num_heads = state.M.shape[1]
     q = q.to(state.M.dtype)
@@ -236,8 +239,7 @@ def _check_state(
     mine = (kind.normalised, kind.segmented, rule == "slot")
     if mine != (state.z is not None, state.M_segment is not None, state.slots is not None):
         raise ValueError(f"the state was made by another rule than {rule!r}")
-    if state.M.shape[2:-2] != (() if store is None else (store.size,)):
-        raise ValueError(f"the state was made with another store: its M is {list(state.M.shape)}")
+    _check_store_of(state, store)
     if state.M.shape[0] != batch_size:
         raise ValueError(f"the state has {state.M.shape[0]} row(s), the input {batch_size}")
     pending = state.pending
@@ -245,6 +247,18 @@ def _check_state(
         raise ValueError(f"the state was made with delay={pending.valid.shape[1]}, not {delay}")
     if pending is not None and (pending.beta is not None, pending.log_alpha is not None) != gates:
         raise ValueError("the state was made with other gates: give beta and log_alpha in every call or in none")
+
+
+def _check_store_of(state: MemoryState, store: Store | None) -> None:
+    name = None if store is None else store.name
+    if state.store != name:
+        raise ValueError(f"the state was made with store {state.store or 'single'!r}, not {name or 'single'!r}")
+    _check_size(state, store)
+
+
+def _check_size(state: MemoryState, store: Store | None) -> None:
+    if state.M.shape[2:-2] != (() if store is None else (store.size,)):
+        raise ValueError(f"the state was made with another number of memories: its M is {list(state.M.shape)}")
 
 
 def _scan(

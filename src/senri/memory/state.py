@@ -85,6 +85,7 @@ class MemoryState(NamedTuple):
     written: Tensor  # [B] int64: pairs written so far
     pending: Pending | None = None  # only when scan() itself delays the stream
     slots: Slots | None = None  # only for rule slot
+    store: str | None = None  # name of the store that wrote it; None: a single memory
 
     @classmethod
     def zeros(
@@ -97,12 +98,13 @@ class MemoryState(NamedTuple):
         rule: str,
         num_slots: int = 64,
         num_memories: int | None = None,
+        store: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> MemoryState:
         """An empty memory for ``rule``; ``key_dim`` is the feature map's output width, ``num_slots`` for rule slot.
 
-        ``num_memories``: n of a store; None: no store.
+        ``num_memories`` and ``store``: n and name of a store; None: no store.
         """
         if rule == "slot":
             M = torch.zeros(batch_size, num_heads, value_dim, num_slots, dtype=dtype, device=device)
@@ -118,10 +120,10 @@ class MemoryState(NamedTuple):
         z = torch.zeros(*memories, key_dim, dtype=dtype, device=device)
         written = torch.zeros(batch_size, dtype=torch.long, device=device)
         if rule == "linear":
-            return cls(M, z, None, None, written)
-        if rule == "delta":
-            return cls(M, z, M.clone(), z.clone(), written)  # a file must not find one tensor under two names
-        return cls(M, None, None, None, written)
+            return cls(M, z, None, None, written, store=store)
+        if rule == "delta":  # copies: a file must not find one tensor under two names
+            return cls(M, z, M.clone(), z.clone(), written, store=store)
+        return cls(M, None, None, None, written, store=store)
 
     def end_of_text(self) -> MemoryState:
         """The same memory, which no token to come goes on with: what is written next is a run of its own."""

@@ -46,6 +46,7 @@ class Store(ABC):
 
     name: ClassVar[str]
     rules: ClassVar[tuple[str, ...]]  # that the store works with
+    segmented: ClassVar[bool]  # where a pair goes depends on its segment
 
     @property
     @abstractmethod
@@ -76,6 +77,7 @@ class Routed(Store):
 
     name = "routed"
     rules = ("linear",)
+    segmented = False
 
     basis: Tensor  # [n, Dk], see orthogonal_basis
     top_k_memories: int = 64
@@ -119,6 +121,7 @@ class Banks(Store):
 
     name = "banks"
     rules = ("linear", "delta", "delta_token", "gated_delta")
+    segmented = True
 
     num_memory_banks: int
     segments_per_bank: int = 4
@@ -145,6 +148,7 @@ class Multi(Store):
 
     name = "multi"
     rules = ("linear", "delta")
+    segmented = True
 
     num_memories: int = 4
 

@@ -86,6 +86,7 @@ def train_on_features(
         elif settings.gate_steps:  # else those that it starts from
             fit_write_gates(model, features, settings, seed, record)
             _save({i: gate.state_dict() for i, gate in gates.items()}, folder / GATES)
+        model.train()  # a store that is trained as one memory is one
         Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE))
     finally:
         log.close()

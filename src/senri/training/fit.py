@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from senri.hf.calibrate import set_projections
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.layers import MemoryAttention, WriteGate, taps_of
-from senri.memory import MemoryState, feature_dim
 from senri.training.features import AskedFeatures, Features
 from senri.training.settings import FeatureSettings, TrainingError
 
@@ -43,10 +42,15 @@ Pages = tuple[int, frozenset[int]]  # a page, and which of its facts are told
 def check_model(model: SenriForCausalLM) -> None:
     """Raises TrainingError for a model that cannot be trained so.
 
-    Its memory's inputs depend on the memory; or it has no write gate; or its rule makes something of a pair that is not
-    written (it forgets, or counts it), and texts are put together without those.
+    Its memory's inputs depend on the memory; or it has no write gate; or its rule or store makes something of a pair
+    that is not written (it forgets, or counts it), and texts are put together without those.
     """
     config = model.config
+    if config.store not in ("single", "routed") or config.memory_sharing or config.use_alibi:
+        raise TrainingError(
+            "method features needs store single or routed, memory_sharing false and use_alibi false: set them in "
+            "config/model.yaml, or method bptt in config/training.yaml"
+        )
     if config.memory_readout != "head" or config.write_gate == "none" or not config.num_memory_layers:
         raise TrainingError(
             "method features needs a memory with memory_readout head and write_gate hidden or surprise: set them in "
@@ -435,10 +439,7 @@ class Reading:
             beta[i, : len(rows)], mask[i, : len(rows)] = strength, True
         k_all = torch.stack(k_rows)
         # as many slots as pairs: none is given up
-        empty = MemoryState.zeros(
-            len(texts), memory.num_key_value_heads, memory.head_dim, feature_dim(memory.feature_map, memory.head_dim),
-            rule=memory.rule, num_slots=most,
-        )  # fmt: skip
+        empty = memory.empty_memory(len(texts), num_slots=most, training=memory.training)
         _, state = memory.write_and_read(
             torch.zeros_like(k_all), k_all, torch.stack(v_rows), empty, beta=beta, mask=mask
         )
