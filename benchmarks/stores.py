@@ -60,11 +60,13 @@ PAIRS = (64, 128, 256, 512, 1024, 2048, 4096)
 ABLATED = (256, 1024, 4096)  # pairs of the ablations
 ASKED = 1024  # pairs asked for, at most
 FLOATS = 64 * (64 * 64 + 64)  # of each state: what 64 memories of width 64 hold
+CENTRED = "calibrated, ELU + 1, centred"  # keys that are what the feature map makes of them, without its mean
 SEGMENT = 64  # pairs: delta's corrections, turns of banks and memories
 FORGET = -1 / 1024  # log of gated_delta's gate, at each write
 EXPAND = 0.5  # hierarchical's gate
 FEATURES = ("elu_plus_one", "relu", "dpfp", "hedgehog", "identity")
 TOP_K = (1, 2, 4, 8, 16, 32, 64)
+CLEANED = (64, 256, 1024)  # pairs, before the cleaning
 ENERGIES = (0.99, 0.95, 0.8, 0.5)
 ROUNDS = 9  # of timing
 OUT = Path("runs/benchmarks")
@@ -317,8 +319,13 @@ def collect(paths: list[str]) -> tuple[Callable[[str, Tensor], Tensor], Tensor, 
     raw = orthogonal_basis("random", states.shape[1])
     loud = (states @ raw.T).square().mean().sqrt()  # as large as the calibrated ones
 
+    common = (F.elu(calibrated.k_proj(states)) + 1).mean(0)
+
     def project(kind: str, x: Tensor) -> Tensor:
-        return calibrated.k_proj(x) if kind == "calibrated" else x @ raw.T / loud
+        if kind == "raw":
+            return x @ raw.T / loud
+        keys = calibrated.k_proj(x)
+        return F.elu(keys) + 1 - common if kind == CENTRED else keys
 
     texts = {}
     for document in documents[1 : 1 + BOOKS]:
@@ -346,7 +353,7 @@ class Codes:
 
 
 def recalled_bits(right: Tensor, frequency: Tensor) -> float:
-    """Least mutual information, in bits, of a pair's value and the answer (Barber and Agakov 2003, eq. 2).
+    """Least mutual information, in bits, of a pair's value and the answer (Barber and Agakov 2003, the IM algorithm).
 
     It is ``E log2 q(x | answer) / p(x)`` for any ``q``; here the answer is believed with ``a``, and else nothing is
     known: ``q = a [x = answer] + (1 - a) p(x)``, with the best ``a``. With even frequencies that is Fano's inequality
@@ -445,7 +452,7 @@ def cleaning(text: Text, codes: Codes) -> Iterator[dict[str, Any]]:
     for arm in arms:
         width = arm.shape[0]
         keys, queries = (text.keys[kind][:, :width].contiguous() for kind in ("exact", "elsewhere"))
-        for pairs, state in arm.write(keys, codes(text.tokens, width), (64, 256, 1024)):
+        for pairs, state in arm.write(keys, codes(text.tokens, width), CLEANED):
             asked = torch.arange(pairs)
             for energy in (None, *ENERGIES):
                 cleaned, stats = (state, None) if energy is None else svd_cleaning(state, energy)
@@ -628,17 +635,18 @@ def main() -> None:
     project, other, books = collect(sys.argv[1:])
     codes = Codes(other, int(max(other.max(), *(tokens.max() for *_, tokens in books.values()))) + 1)
     out: dict[str, list[dict[str, Any]]] = {"main": [], "routing": [], "bases": [], "geometry": [], "cleaning": []}
-    both = ("exact", "elsewhere")
+    both, main, routing, bases = ("exact", "elsewhere"), main_arms(), routing_arms(), basis_arms()
+    some = [arm for arm in routing if arm.feature_map in ("elu_plus_one", "identity")]
     for book, (here, elsewhere, tokens) in books.items():
-        for kind in ("raw", "calibrated"):
+        for kind, arms in (("raw", some), (CENTRED, main[-3:]), ("calibrated", routing)):
             text = Text({"exact": project(kind, here), "elsewhere": project(kind, elsewhere)}, tokens)
             of = {"book": book, "keys": kind}
-            out["main"] += [of | row for row in measure(main_arms(), text, codes, PAIRS, both)]
-            out["main"] += [of | row for row in references(text, PAIRS)]
-            routing = routing_arms(FEATURES if kind == "calibrated" else ("elu_plus_one", "identity"))
-            out["routing"] += [of | row for row in measure(routing, text, codes, ABLATED, both[1:])]
-            out["geometry"] += [of | row for row in geometry(text)]
-        out["bases"] += [of | row for row in measure(basis_arms(), text, codes, ABLATED, both[1:])]
+            out["routing"] += [of | row for row in measure(arms, text, codes, ABLATED, both[1:])]
+            if kind != CENTRED:
+                out["main"] += [of | row for row in measure(main, text, codes, PAIRS, both)]
+                out["main"] += [of | row for row in references(text, PAIRS)]
+                out["geometry"] += [of | row for row in geometry(text)]
+        out["bases"] += [of | row for row in measure(bases, text, codes, ABLATED, both[1:])]
         out["cleaning"] += [of | row for row in cleaning(text, codes)]
         print(f"{book}: after {time.perf_counter() - start:.0f} s", file=sys.stderr)
     times = timing(text, codes)
@@ -658,7 +666,7 @@ def report(out: dict[str, list[dict[str, Any]]], times: list[dict[str, Any]]) ->
             table(f"Recall, top-1 in %: {keys} keys, asked {asked}, by pairs written", mine, row, "pairs", "top1", 100)
             title = f"Bits recalled per 1,000 floats of state: {keys} keys, asked {asked}, by pairs written"
             table(title, mine, row, "pairs", "bits_a_float", 1000)
-    for keys in ("calibrated", "raw"):
+    for keys in ("calibrated", CENTRED, "raw"):
         mine = [r for r in out["routing"] if r["keys"] == keys]
         table(
             f"Routing, top-1 in %: {keys} keys, by pairs written",
