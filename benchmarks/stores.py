@@ -1,7 +1,7 @@
 """Every store and write rule at equal state bytes, on associative recall over real text; why routing pays or does not.
 
-``python benchmarks/stores.py BOOKS`` (some ten minutes on one core). BOOKS: a folder of texts (or several files); keys
-are calibrated on the first by name and measured on the next four. Results go to runs/benchmarks/stores.json, plots
+``python benchmarks/stores.py BOOKS`` (ten to twenty minutes on one core). BOOKS: a folder of texts (or several files);
+keys are calibrated on the first by name and measured on the next four. Results go to runs/benchmarks/stores.json, plots
 beside it, tables to the terminal.
 
 A pair is a place in a book: its key is made of what SmolLM2-135M has at the input of layer 14 there, its value is the
@@ -553,6 +553,23 @@ def table(title: str, rows: list[dict[str, Any]], by: tuple[str, ...], columns: 
         print(f"| {' | '.join('' if x is None else str(x) for x in key)} | {' | '.join(shown)} |", flush=True)
 
 
+def paired(rows: list[dict[str, Any]], one_arm: Key, other_arm: Key) -> list[dict[str, Any]]:
+    """Recall with calibrated keys, book by book, of one arm less that of another: (arm, rule, feature map, read)."""
+    recall = {
+        (*(r.get(name) for name in ("arm", "rule", "feature_map", "read")), r["asked"], r["pairs"], r["book"]): r[
+            "top1"
+        ]
+        for r in rows
+        if r["keys"] == "calibrated"
+    }
+    what = " less ".join(", ".join(str(x) for x in arm if x) for arm in (one_arm, other_arm))
+    return [
+        {"difference": what, "asked": key[4], "pairs": key[5], "top1": value - recall[(*other_arm, *key[4:])]}
+        for key, value in recall.items()
+        if key[:4] == one_arm
+    ]
+
+
 def curve(name: str, points: dict[float, Mean], dashed: bool = False) -> Series:
     """A series of the report's plots; bounds cut to [0, 1]."""
     x = tuple(sorted(points))
@@ -571,19 +588,19 @@ def plots(main_rows: list[dict[str, Any]], routing_rows: list[dict[str, Any]]) -
 
     figure = Curves(
         "recall-by-store",
-        f"Recall of real text at equal state bytes ({FLOATS * 4 / 2**20:.2f} MB)",
+        f"Recall of real text at equal state bytes ({FLOATS * 4 / 1e6:.2f} MB)",
         "pairs written",
         "right tokens (top-1)",
         (
             by_pairs("slots", "single", "slot", None, ""),
             by_pairs("single, delta_token", "single", "delta_token", None, ""),
-            by_pairs("single, linear, σ = identity", "single", "linear", "identity", ""),
-            by_pairs("16 routed, best 2 summed, σ = identity", "routed, 16", "linear", "identity", "top 2, sum"),
-            by_pairs("single, linear, σ = ELU + 1", "single", "linear", None, ""),
-            by_pairs("64 routed, as designed, σ = ELU + 1", "routed", "linear", None, ""),
-            by_pairs("upper bound: 64, told where, σ = identity", "dealt", "linear", "identity", "oracle", dashed=True),
-            by_pairs("upper bound: 64, told where, σ = ELU + 1", "dealt", "linear", None, "oracle", dashed=True),
-            by_pairs("lower bound: random routing, σ = ELU + 1", "random routing", "linear", None, "", dashed=True),
+            by_pairs("single, linear, identity", "single", "linear", "identity", ""),
+            by_pairs("16 routed, top 2, sum, identity", "routed, 16", "linear", "identity", "top 2, sum"),
+            by_pairs("single, linear, ELU + 1", "single", "linear", None, ""),
+            by_pairs("64 routed, as designed, ELU + 1", "routed", "linear", None, ""),
+            by_pairs("upper: 64, told where, identity", "dealt", "linear", "identity", "oracle", dashed=True),
+            by_pairs("upper: 64, told where, ELU + 1", "dealt", "linear", None, "oracle", dashed=True),
+            by_pairs("lower: random routing, ELU + 1", "random routing", "linear", None, "", dashed=True),
         ),
         log_x=True,
         y_range=(0.0, 1.0),
@@ -610,14 +627,14 @@ def plots(main_rows: list[dict[str, Any]], routing_rows: list[dict[str, Any]]) -
         "memories that a query reads (top_k_memories)",
         "right tokens (top-1)",
         (
-            by_top_k("σ = identity, summed", "identity", "sum"),
-            by_top_k("σ = ReLU, summed", "relu", "sum"),
-            by_top_k("σ = ELU + 1, summed", "elu_plus_one", "sum"),
-            by_top_k("σ = ELU + 1, softmax (as designed)", "elu_plus_one", "softmax"),
-            by_top_k("σ = identity, softmax", "identity", "softmax"),
-            level("one memory of width 515, σ = identity", "single", "identity"),
-            level("told where, σ = identity", "routed", "identity", "oracle"),
-            level("random memory of 64, σ = identity", "random 1", "identity"),
+            by_top_k("identity, sum", "identity", "sum"),
+            by_top_k("ReLU, sum", "relu", "sum"),
+            by_top_k("ELU + 1, sum", "elu_plus_one", "sum"),
+            by_top_k("ELU + 1, softmax (as designed)", "elu_plus_one", "softmax"),
+            by_top_k("identity, softmax", "identity", "softmax"),
+            level("one memory of width 515, identity", "single", "identity"),
+            level("told where, identity", "routed", "identity", "oracle"),
+            level("one at random, identity", "random 1", "identity"),
         ),
         log_x=True,
         y_range=(0.0, 1.0),
@@ -666,6 +683,14 @@ def report(out: dict[str, list[dict[str, Any]]], times: list[dict[str, Any]]) ->
             table(f"Recall, top-1 in %: {keys} keys, asked {asked}, by pairs written", mine, row, "pairs", "top1", 100)
             title = f"Bits recalled per 1,000 floats of state: {keys} keys, asked {asked}, by pairs written"
             table(title, mine, row, "pairs", "bits_a_float", 1000)
+    routed, single = ("routed, 16", "linear", "identity", "top 2, sum"), ("single", "linear", "identity", "")
+    differences = [
+        *paired(out["main"], routed, single),
+        *paired([*out["bases"], *out["routing"]], ("hadamard 16", "linear", "identity", "sum 1"), single),
+        *paired(out["main"], routed, ("single", "delta_token", None, "")),
+        *paired(out["main"], ("routed", "linear", None, ""), ("single", "linear", None, "")),
+    ]
+    table("Differences in points, paired by book", differences, ("difference", "asked"), "pairs", "top1", 100)
     for keys in ("calibrated", CENTRED, "raw"):
         mine = [r for r in out["routing"] if r["keys"] == keys]
         table(
@@ -684,8 +709,11 @@ def report(out: dict[str, list[dict[str, Any]]], times: list[dict[str, Any]]) ->
         "top1",
         100,
     )
-    for name in (n for n in out["geometry"][0] if n not in ("book", "keys", "basis")):
-        table(f"Width 64: {name}", out["geometry"], ("keys",), "basis", name, 1)
+    names = [name for name in out["geometry"][0] if name not in ("book", "keys", "basis")]
+    means = {name: over_books(out["geometry"], ("keys", "basis"), name) for name in names}
+    print(f"\nKeys of width 64\n\n| keys | basis | {' | '.join(names)} |\n|---|---|{'---:|' * len(names)}")
+    for keys, basis in means[names[0]]:
+        print(f"| {keys} | {basis} | {' | '.join(f'{means[name][keys, basis].value:.3f}' for name in names)} |")
     for energy_of, unit in (("top1", 100), ("rank", 1)):
         by = ("arm", "rule", "feature_map", "pairs")
         table(
