@@ -18,16 +18,17 @@ SRC = Path(__file__).parents[1] / "src"
 MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(),
     "identity": set(),
+    "files": set(),
     "layers": {"memory"},
     # data knows no model: reading a text is a method of the model, cutting it into tokens is data's
-    "hf": {"memory", "layers", "data"},
-    "lm": {"memory", "layers"},
+    "hf": {"memory", "layers", "data", "files"},
+    "lm": {"memory", "layers", "files"},
     "data": set(),
     "session": {"memory", "layers", "hf", "lm", "data"},
-    "training": {"memory", "layers", "hf", "lm", "data", "session", "identity"},
-    "evaluation": {"memory", "layers", "hf", "lm", "data", "session", "identity"},
+    "training": {"memory", "layers", "hf", "lm", "data", "session", "identity", "files"},
+    "evaluation": {"memory", "layers", "hf", "lm", "data", "session", "identity", "files"},
     "config": set(),
-    "cli": {"memory", "layers", "hf", "lm", "data", "session", "training", "evaluation", "config", "identity"},
+    "cli": {"memory", "layers", "hf", "lm", "data", "session", "training", "evaluation", "config", "identity", "files"},
     "__main__": {"cli"},
 }
 # The same for imports that wait: inside a function, or for type checkers only.

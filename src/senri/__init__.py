@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from senri.hf.convert import convert_qwen_to_senri, convert_to_senri
     from senri.hf.model import SenriModel
     from senri.hf.modeling_senri import SenriForCausalLM
+    from senri.lm.factory import create_model
+    from senri.lm.memory_layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
+    from senri.lm.model import TransformerLM
+    from senri.lm.pythia import PythiaLayer
     from senri.memory.state import MemoryState
     from senri.memory.svd import SVDCleaningStats
 
@@ -23,30 +27,42 @@ __version__ = "0.1.0"
 # Where each public name lives. A test holds this, the imports above and __all__ together.
 _HOMES = {
     "ConfigManager": "senri.config",
+    "HierarchicalLayer": "senri.lm.memory_layers",
+    "InfiniLayer": "senri.lm.memory_layers",
     "MemoryState": "senri.memory.state",
+    "MultiMemoryLayer": "senri.lm.memory_layers",
+    "PythiaLayer": "senri.lm.pythia",
     "SVDCleaningStats": "senri.memory.svd",
     "SenriCache": "senri.hf.cache",
     "SenriConfig": "senri.hf.configuration_senri",
     "SenriForCausalLM": "senri.hf.modeling_senri",
     "SenriModel": "senri.hf.model",
+    "TransformerLM": "senri.lm.model",
     "calibrate": "senri.hf.calibrate",
     "convert_qwen_to_senri": "senri.hf.convert",
     "convert_to_senri": "senri.hf.convert",
+    "create_model": "senri.lm.factory",
     "load_base": "senri.hf.base",
 }
 
 __all__ = [
     "ConfigManager",
+    "HierarchicalLayer",
+    "InfiniLayer",
     "MemoryState",
+    "MultiMemoryLayer",
+    "PythiaLayer",
     "SVDCleaningStats",
     "SenriCache",
     "SenriConfig",
     "SenriForCausalLM",
     "SenriModel",
+    "TransformerLM",
     "__version__",
     "calibrate",
     "convert_qwen_to_senri",
     "convert_to_senri",
+    "create_model",
     "load_base",
 ]
 

@@ -259,7 +259,7 @@ class Session:
         """Write the memory to ``path``, atomically.
 
         Raises:
-            MemoryFileError: the file cannot be written.
+            FileError: the file cannot be written.
         """
         self.model.save_memory(path, self.tokenizer, **self.notes)
 

@@ -338,3 +338,35 @@ def test_without_a_checkout_the_defaults_of_the_wheel(
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(manager, "__file__", str(package / "manager.py"))
     assert ConfigManager().folder == package / "defaults"
+
+
+# models from scratch ----------------------------------------------------------------------------------------
+
+
+def test_the_options_of_each_model_are_those_that_it_has() -> None:
+    from senri.lm import MODELS, model_options
+
+    lm = ConfigManager(SHIPPED).experiment.transformer_lm
+    for name in MODELS:
+        assert set(lm.options(name)) <= set(model_options(name))
+        rest = {"vocab_size", "rope_theta", "layer_norm_eps"}  # of the tokenizer, and as Pythia has them
+        assert set(model_options(name)) - set(lm.options(name)) <= rest
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.num_heads", 3, "transformer_lm.model.num_heads: 3 does not divide hidden_size (256)"),
+        ("model.rotary_pct", 0.4, "transformer_lm.model.rotary_pct: 0.4 of heads of width 64 is odd"),
+        ("memory.memory_head_dim", 100, "transformer_lm.memory.memory_head_dim: 100 does not divide hidden_size (256)"),
+        ("evaluation.stride", 300, "transformer_lm.evaluation.stride: 300 is more than segment_length (256)"),
+        ("evaluation.length", 1024, "transformer_lm.evaluation.length: 1024 must be more than a sample of training"),
+        ("training.epochs", 0, "transformer_lm.training.epochs: 0 is not an integer > 0"),
+        ("infini.banks", 2, "transformer_lm.infini.banks: unknown key"),
+        ("seeds", [], "transformer_lm.seeds: [] is not a non-empty list of integers"),
+    ],
+)
+def test_impossible_models_are_named(folder: Path, key: str, value: object, message: str) -> None:
+    change(folder, "experiment.yaml", f"transformer_lm.{key}", value)
+    (error,) = errors_of(folder)
+    assert error.startswith(f"experiment.yaml: {message}")

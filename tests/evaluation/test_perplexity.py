@@ -18,7 +18,7 @@ from senri.evaluation import perplexity
 from senri.evaluation.perplexity import (
     SEGMENTS,
     PerplexitySuite,
-    _by_position,
+    by_position,
     position_edges,
     reading,
     sliding_window_nll,
@@ -148,7 +148,7 @@ def test_every_token_is_in_one_bucket(length, rng):
     edges = position_edges(length)
     assert edges == sorted(set(edges))
     before = np.arange(1.0, length)  # tokens before each scored one: values that name themselves
-    buckets = _by_position(before, edges)
+    buckets = by_position(before, edges)
     for (low, high), (total, count) in zip(pairwise(edges), buckets, strict=True):
         inside = [n for n in range(max(low, 1), high)]
         assert count == len(inside) > 0
@@ -156,7 +156,7 @@ def test_every_token_is_in_one_bucket(length, rng):
     assert sum(count for _, count in buckets) == length - 1
     missing = rng.sample(range(length - 1), (length - 1) // 3)
     before[missing] = np.nan
-    buckets = _by_position(before, edges)
+    buckets = by_position(before, edges)
     assert sum(count for _, count in buckets) == length - 1 - len(missing)
     assert sum(total for total, _ in buckets) == pytest.approx(np.nansum(before))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from senri.files import FileError
 from senri.hf import memory_file
 from senri.hf.memory_file import MemoryFileError, read_header
 
@@ -229,7 +230,7 @@ def interrupt(*_):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize(("failure", "error"), [(no_space, MemoryFileError), (interrupt, KeyboardInterrupt)])
+@pytest.mark.parametrize(("failure", "error"), [(no_space, FileError), (interrupt, KeyboardInterrupt)])
 def test_a_failed_write_leaves_the_older_file_and_nothing_else(saved, tokens, monkeypatch, call, failure, error):
     model, path = saved
     before = path.read_bytes()
@@ -237,7 +238,7 @@ def test_a_failed_write_leaves_the_older_file_and_nothing_else(saved, tokens, mo
     monkeypatch.setattr(os, call, failure)
     with pytest.raises(error) as caught:
         model.save_memory(path)
-    if error is MemoryFileError:
+    if error is FileError:
         assert "No space left on device" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert [file.name for file in path.parent.iterdir()] == ["a.senri"]
@@ -249,9 +250,9 @@ def test_a_failed_write_leaves_the_older_file_and_nothing_else(saved, tokens, mo
 
 def test_a_place_that_cannot_be_written(saved, tmp_path):
     model, _ = saved
-    with pytest.raises(MemoryFileError, match=r"cannot write .*No such file or directory"):
+    with pytest.raises(FileError, match=r"cannot write .*No such file or directory"):
         model.save_memory(tmp_path / "no" / "folder" / "a.senri")
-    with pytest.raises(MemoryFileError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         model.save_memory(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.senri"]
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from senri.hf.adapter import load_adapter, read_adapter_header
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.training import checkpoint
+from senri.training.interrupt import TrainingStopped
 from senri.training.settings import Stage, TrainingError
-from senri.training.trainer import TrainingStopped
 
 from .conftest import One
 

@@ -136,8 +136,9 @@ def prepare(config: ConfigManager, session: Session, documents: list[Document]) 
     from senri.data.haystack import BookHaystack
     from senri.evaluation.readers import FullAttentionReader, SenriReader
     from senri.evaluation.suites import Bench, Sources
+    from senri.files import fingerprint
     from senri.hf.adapter import base_fingerprint
-    from senri.hf.memory_file import expected_header, fingerprint, tokenizer_fingerprint
+    from senri.hf.memory_file import expected_header, tokenizer_fingerprint
 
     settings, tokenizer, model = config.experiment.evaluation, session.tokenizer, session.model
     piece_size = config.experiment.reading.piece_size

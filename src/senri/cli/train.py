@@ -61,7 +61,8 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
     from senri.hf.base import find_adapter, is_senri, load_model, load_unconverted
     from senri.identity import run_name
     from senri.training.checkpoint import check_folder
-    from senri.training.trainer import Trainer, TrainingStopped, processes, run_identity
+    from senri.training.interrupt import TrainingStopped
+    from senri.training.trainer import Trainer, processes, run_identity
 
     if config.training.method == "features":
         return train_features(config, output, data)
@@ -245,8 +246,9 @@ def calibration_ids(mix: TrainingMix, num_tokens: int, window: int, seed: int) -
 
 def about_model(config: ConfigManager, model: Any, tokenizer: Any) -> dict[str, Any]:
     """The part of a run's identity that says where it starts."""
+    from senri.files import fingerprint
     from senri.hf.adapter import CONFIG_FIELDS, base_fingerprint
-    from senri.hf.memory_file import fingerprint, tokenizer_fingerprint
+    from senri.hf.memory_file import tokenizer_fingerprint
 
     return {
         "model": config.base_model_name,

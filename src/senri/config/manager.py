@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from senri.config.messages import describe_errors
-from senri.config.schema import ExperimentConfig, ModelConfig, Section, TrainingConfig
+from senri.config.schema import ExperimentConfig, ModelConfig, Section, TrainingConfig, TransformerLMConfig
 
 if TYPE_CHECKING:
     from senri.hf.configuration_senri import SenriConfig
@@ -44,7 +44,7 @@ class ConfigManager:
         model = _load(self.folder / MODEL, ModelConfig, errors)
         training = _load(self.folder / TRAINING, TrainingConfig, errors)
         experiment = _load(self.folder / EXPERIMENT, ExperimentConfig, errors)
-        errors += _contradictions(model, training)
+        errors += _contradictions(model, training, experiment)
         if errors or model is None or training is None or experiment is None:
             raise ConfigError(self.folder, errors)
         self.model, self.training, self.experiment = model, training, experiment
@@ -150,7 +150,9 @@ def _syntax_error(error: Exception) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: not valid YAML: {getattr(error, 'problem', error)}"
 
 
-def _contradictions(model: ModelConfig | None, training: TrainingConfig | None) -> list[str]:
+def _contradictions(
+    model: ModelConfig | None, training: TrainingConfig | None, experiment: ExperimentConfig | None
+) -> list[str]:
     """What no single value is to blame for; files that did not load are left out."""
     errors = []
     if training is not None and training.warmup_steps > training.max_steps:
@@ -161,6 +163,8 @@ def _contradictions(model: ModelConfig | None, training: TrainingConfig | None) 
         errors += _impossible_plans(training)
     if model is not None and training is not None and "sliding_window_size" in model.senri:
         errors += _fits_window(training, model.senri["sliding_window_size"])
+    if experiment is not None:
+        errors += _impossible_models(experiment.transformer_lm)
     return errors
 
 
@@ -174,6 +178,27 @@ def _impossible_plans(training: TrainingConfig) -> list[str]:
         errors.append(f"{TRAINING}: niah_ratio and recall_ratios: add up to {asked:.3g}, more than 1")
     if training.recall_ratios.babi and training.babi_folder is None:
         errors.append(f"{TRAINING}: recall_ratios.babi: needs the folder of bAbI's files in babi_folder, or must be 0")
+    return errors
+
+
+def _impossible_models(lm: TransformerLMConfig) -> list[str]:
+    """What the layers of TransformerLM would refuse after the texts were read."""
+    width, heads, part = lm.model.hidden_size, lm.model.num_heads, lm.memory.memory_head_dim
+    place, errors = f"{EXPERIMENT}: transformer_lm", []
+    if width % heads:
+        errors.append(f"{place}.model.num_heads: {heads} does not divide hidden_size ({width})")
+    elif int(width // heads * lm.model.rotary_pct) % 2:
+        errors.append(f"{place}.model.rotary_pct: {lm.model.rotary_pct} of heads of width {width // heads} is odd")
+    if part is not None and width % part:
+        errors.append(f"{place}.memory.memory_head_dim: {part} does not divide hidden_size ({width})")
+    window = lm.training.segment_length
+    if lm.evaluation.stride > window:
+        errors.append(f"{place}.evaluation.stride: {lm.evaluation.stride} is more than segment_length ({window})")
+    if lm.evaluation.length <= lm.training.segments * window:
+        errors.append(
+            f"{place}.evaluation.length: {lm.evaluation.length} must be more than a sample of training "
+            f"({lm.training.segments * window}), or nothing long is read"
+        )
     return errors
 
 

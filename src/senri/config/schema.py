@@ -284,6 +284,99 @@ class EvaluationConfig(Section):
     babilong: BabilongConfig
 
 
+class LMModelConfig(Section):
+    """`transformer_lm.model` of experiment.yaml: of all four models."""
+
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    intermediate_size: Positive
+    rotary_pct: Ratio
+
+
+class LMMemoryConfig(Section):
+    """`transformer_lm.memory` of experiment.yaml: of the three models with a memory."""
+
+    memory_head_dim: Positive | None
+    use_delta_rule: Flag
+    segment_size: Positive
+    chunk_size: Positive
+
+
+class LMInfiniConfig(Section):
+    """`transformer_lm.infini` of experiment.yaml."""
+
+    num_memory_banks: Positive
+    segments_per_bank: Positive
+    use_alibi: Flag
+    alibi_scale: PositiveReal
+
+
+class LMMemoriesConfig(Section):
+    """`transformer_lm.multi_memory` and `hierarchical` of experiment.yaml."""
+
+    num_memories: Positive
+
+
+class LMTrainingConfig(Section):
+    """`transformer_lm.training` of experiment.yaml."""
+
+    samples: Positive
+    epochs: Positive
+    batch_size: Positive
+    segment_length: Positive
+    segments: Positive
+    learning_rate: PositiveReal
+    weight_decay: NonNegativeReal
+    max_grad_norm: PositiveReal
+    warmup_ratio: Ratio
+    bf16: Flag
+    save_steps: Positive
+
+
+class LMEvaluationConfig(Section):
+    """`transformer_lm.evaluation` of experiment.yaml."""
+
+    length: Annotated[int, Strict(), Field(ge=2)]
+    samples: Positive
+    stride: Positive
+    batch_size: Positive
+
+
+class LMReversalConfig(Section):
+    """`transformer_lm.reversal` of experiment.yaml."""
+
+    folder: Text | None
+    repeats: Positive
+
+
+class TransformerLMConfig(Section):
+    """`transformer_lm` of experiment.yaml."""
+
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    data: tuple[Text, ...]
+    dataset: Text | None
+    dataset_texts: Positive
+    held_out: tuple[Text, ...]
+    tokenizer: Text
+    vocab_size: Annotated[int, Strict(), Field(ge=512)]
+    model: LMModelConfig
+    memory: LMMemoryConfig
+    infini: LMInfiniConfig
+    multi_memory: LMMemoriesConfig
+    hierarchical: LMMemoriesConfig
+    training: LMTrainingConfig
+    evaluation: LMEvaluationConfig
+    reversal: LMReversalConfig
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The options of `create_model(name)`, the vocabulary aside."""
+        options = self.model.model_dump()
+        if name != "pythia":
+            options |= self.memory.model_dump() | getattr(self, name).model_dump()
+        return options
+
+
 class ExperimentConfig(Section):
     """experiment.yaml."""
 
@@ -294,3 +387,4 @@ class ExperimentConfig(Section):
     calibration: CalibrationConfig
     demo: DemoConfig
     evaluation: EvaluationConfig
+    transformer_lm: TransformerLMConfig

@@ -110,6 +110,12 @@ def _side(document: Document, part: Part, share: float) -> Document:
     return Document(f"{document.name} (last part)", text[cut:], document.digest)
 
 
+def beginnings(documents: Sequence[Document], characters: int) -> list[Document]:
+    """About so many characters of the texts (all there are, if fewer): the beginning of each, in proportion."""
+    share = min(characters / max(sum(len(d.text) for d in documents), 1), 1.0)
+    return [Document(d.name, d.text[: round(len(d.text) * share)], d.digest) for d in documents]
+
+
 def check_disjoint(documents: Sequence[Document], digests: Iterable[str], owner: str) -> None:
     """Refuse texts that were trained on, as a whole or in part.
 

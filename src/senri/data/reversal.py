@@ -198,6 +198,29 @@ def load_pairs(folder: str | Path | None) -> list[Pair]:
     return own_pairs() if folder is None else parent_child_pairs(Path(folder) / PARENTS_FILE)
 
 
+def fact_sets(folder: str | Path | None) -> dict[str, list[Pair]]:
+    """Facts for a model from scratch, by the name of the set: ours, and those made up for the paper where their folder
+    is given. In each set about half are turned, so that both sides of a fact are completions in either direction.
+
+    Raises:
+        TextError: the folder does not hold them.
+    """
+    sets = {"well-known facts": _half_turned(own_pairs())}
+    if folder is not None:
+        sets["published made-up facts"] = description_pairs(Path(folder) / DESCRIPTIONS_FOLDER)
+    return sets
+
+
+def _half_turned(pairs: Sequence[Pair]) -> list[Pair]:
+    """Every second fact of each source turned."""
+    count: dict[str, int] = {}
+    mixed = []
+    for pair in pairs:
+        count[pair.source] = count.get(pair.source, 0) + 1
+        mixed.append(pair if count[pair.source] % 2 else pair.turned)
+    return mixed
+
+
 def load_new_pairs(folder: str | Path | None, count: int, rng: Random) -> Sequence[Pair]:
     """``count`` facts that no model can know: made up by ``rng``, or the first published ones of ``folder``.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
@@ -45,7 +45,8 @@ def streamed_nll(reader: SenriReader, ids: np.ndarray, *, memory: bool = True) -
         hidden = model.model(piece, past_key_values=cache).last_hidden_state
         if not memory:
             cache = without_memory(cache)
-        parts.append(_nll(model, hidden, torch.from_numpy(ids[start + 1 : start + 1 + size].astype(np.int64))))
+        targets = torch.from_numpy(ids[start + 1 : start + 1 + size].astype(np.int64))[None]
+        parts.append(token_nll(model.lm_head, hidden, targets)[0])
     return np.concatenate(parts)
 
 
@@ -62,13 +63,13 @@ def sliding_window_nll(model: Any, ids: np.ndarray, window: int, stride: int = S
     out = np.empty(len(ids) - 1)
     done = 0
     for start in range(0, max(len(ids) - window, 0) + stride, stride):
-        part = torch.from_numpy(ids[start : start + window].astype(np.int64))
-        end = start + len(part) - 1
+        part = torch.from_numpy(ids[start : start + window].astype(np.int64))[None]
+        end = start + part.shape[1] - 1
         if end <= done:
             break
-        hidden = model.model(part[None].to(model.device), use_cache=False).last_hidden_state
+        hidden = model.model(part.to(model.device), use_cache=False).last_hidden_state
         fresh = done - start  # predictions of this window that an earlier one has made
-        out[done:end] = _nll(model, hidden[:, fresh:-1], part[fresh + 1 :])
+        out[done:end] = token_nll(model.lm_head, hidden[:, fresh:-1], part[:, fresh + 1 :])[0]
         # the first token of a segment on its own has nothing before it: it is not scored but skipped
         done = end + (stride == window)
         if stride == window and end < len(out):
@@ -76,14 +77,18 @@ def sliding_window_nll(model: Any, ids: np.ndarray, window: int, stride: int = S
     return out
 
 
-def _nll(model: Any, hidden: Tensor, targets: Tensor) -> np.ndarray:
-    """Of ``targets`` ``[T']`` under the states ``[1, T, hidden]`` before them, ``T' <= T``."""
-    parts = []
-    for start in range(0, len(targets), BLOCK):
-        goal = targets[start : start + BLOCK].to(hidden.device)
-        logits = model.lm_head(hidden[0, start : start + len(goal)]).float()
-        parts.append(F.cross_entropy(logits, goal, reduction="none").cpu().double().numpy())
-    return np.concatenate(parts) if parts else np.empty(0)
+def token_nll(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> np.ndarray:
+    """Negative log likelihood in nats of ``targets`` ``[B, T']`` under the states ``[B, T, hidden]`` before them.
+
+    Args:
+        head: states -> logits; ``T' <= T``.
+    """
+    parts = [np.empty((len(targets), 0))]
+    for start in range(0, targets.shape[1], BLOCK):
+        goal = targets[:, start : start + BLOCK].to(hidden.device)
+        logits = head(hidden[:, start : start + goal.shape[1]]).float()
+        parts.append(F.cross_entropy(logits.mT, goal, reduction="none").cpu().double().numpy())
+    return np.concatenate(parts, axis=1)
 
 
 def reading(perplexity: float) -> str:
@@ -131,14 +136,14 @@ class PerplexitySuite:
             window = reader.model.config.sliding_window_size
             nll[SEGMENTS] = sliding_window_nll(bench.full.model, ids, window, stride=window)
         edges = position_edges(self.length)
-        return {"edges": edges, "arms": {arm: _by_position(values, edges) for arm, values in nll.items()}}
+        return {"edges": edges, "arms": {arm: by_position(values, edges) for arm, values in nll.items()}}
 
     def section(self, records: Sequence[Record], window: int | None) -> Section:
         """See :class:`senri.evaluation.suites.Suite`."""
         edges = records[0]["edges"]
         arms = [arm for arm in ARMS if arm in records[0]["arms"]]
         buckets = range(len(edges) - 1)
-        whole = {arm: [_mean_nll(r, arm, buckets) for r in records] for arm in arms}
+        whole = {arm: [mean_nll(r, arm, buckets) for r in records] for arm in arms}
         positions = [(f"{tokens(low)} to {tokens(high)}", [b]) for b, (low, high) in enumerate(pairwise(edges))]
         lengths = [(tokens(high), range(b + 1)) for b, high in enumerate(edges[1:])]
         tables = (
@@ -182,7 +187,7 @@ def position_edges(length: int) -> list[int]:
     return [*edges, length]
 
 
-def _by_position(nll: np.ndarray, edges: Sequence[int]) -> list[list[float]]:
+def by_position(nll: np.ndarray, edges: Sequence[int]) -> list[list[float]]:
     """``[sum, count]`` of each bucket; the prediction of token ``i + 1`` has ``i + 1`` tokens before it."""
     out = []
     for low, high in pairwise(edges):
@@ -192,7 +197,8 @@ def _by_position(nll: np.ndarray, edges: Sequence[int]) -> list[list[float]]:
     return out
 
 
-def _mean_nll(record: Record, arm: str, buckets: Sequence[int]) -> float:
+def mean_nll(record: Record, arm: str, buckets: Sequence[int]) -> float:
+    """Nats a token of a text in some buckets."""
     parts = [record["arms"][arm][b] for b in buckets]
     return sum(p[0] for p in parts) / max(sum(p[1] for p in parts), 1)
 
@@ -210,14 +216,15 @@ def _table(title: str, axis: str, records: Sequence[Record], rows: Sequence[tupl
         cells: list[str | float | None] = [label]
         for arm in arms:
             known = all(_measured(records[0], arm, bucket) for bucket in buckets)
-            cells.append(math.exp(np.mean([_mean_nll(r, arm, buckets) for r in records])) if known else None)
-        cells += _difference([_mean_nll(r, MEMORY, buckets) - _mean_nll(r, MEMORY_OFF, buckets) for r in records])
+            cells.append(math.exp(np.mean([mean_nll(r, arm, buckets) for r in records])) if known else None)
+        cells += difference([mean_nll(r, MEMORY, buckets) - mean_nll(r, MEMORY_OFF, buckets) for r in records])
         lines.append(tuple(cells))
     columns = (axis, *arms, "memory − memory off (nats)", "verdict")
     return Table(title, columns, tuple(lines), dict.fromkeys(arms, ".2f"))
 
 
-def _difference(values: Sequence[float]) -> list[str | float | None]:
+def difference(values: Sequence[float]) -> list[str | float | None]:
+    """A mean difference in nats with its interval, and what it shows (below 0: better)."""
     found = mean(values)
     if found.n == 1:
         return [f"{found.value:+.4f}", "nothing shown: one text"]
@@ -244,14 +251,14 @@ def _overall_table(whole: dict[str, list[float]], records: Sequence[Record], arm
 def _series(records: Sequence[Record], arm: str, edges: Sequence[int]) -> Series:
     """Perplexity; without intervals, for what differs between texts would hide what differs between arms."""
     known = [b for b in range(len(edges) - 1) if _measured(records[0], arm, b)]
-    nll = [mean([_mean_nll(r, arm, [b]) for r in records]).value for b in known]
+    nll = [mean([mean_nll(r, arm, [b]) for r in records]).value for b in known]
     return Series(arm, tuple(float(edges[b + 1]) for b in known), tuple(map(math.exp, nll)))
 
 
 def _paired_series(records: Sequence[Record], arm: str, edges: Sequence[int]) -> Series:
     """Difference from memory off in nats, text by text, with its interval."""
     known = [b for b in range(len(edges) - 1) if _measured(records[0], arm, b)]
-    found = [mean([_mean_nll(r, arm, [b]) - _mean_nll(r, MEMORY_OFF, [b]) for r in records]) for b in known]
+    found = [mean([mean_nll(r, arm, [b]) - mean_nll(r, MEMORY_OFF, [b]) for r in records]) for b in known]
     bounded = len(records) > 1
     return Series(
         arm,

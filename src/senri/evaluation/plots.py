@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from senri.evaluation.report import Curves, HeatMap, Series
-from senri.hf.memory_file import write_atomically
+from senri.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -74,10 +74,11 @@ class ReversalSuite:
     def section(self, records: Sequence[Record], window: int | None) -> Section:
         """See :class:`senri.evaluation.suites.Suite`."""
         known, read = _by_arm(records, KNOWN), _by_arm(records, READ)
-        tables = [_figures_table("Known facts, nothing read", known)] if known else []
+        tables = [figures_table("Known facts, nothing read", "arm", _all_scored(known))] if known else []
         if read:
             away = (window or 0) + BEYOND
-            tables += [_figures_table(f"New facts, read {away:,} tokens before", read), _saved_table(read)]
+            read_table = figures_table(f"New facts, read {away:,} tokens before", "arm", _all_scored(read))
+            tables += [read_table, _saved_table(read)]
         return Section("Reversal curse", _TEXT, tables=tuple(tables))
 
 
@@ -190,13 +191,18 @@ def _scored(records: Sequence[Record], arm: str) -> list[Scored]:
     return [Scored(**r["arms"][arm]) for r in records]
 
 
-def _figures_table(title: str, by_arm: Mapping[str, Sequence[Record]]) -> Table:
-    columns = ("arm", "facts", "forward perplexity", "backward perplexity", "ratio", "gap")
+def _all_scored(by_arm: Mapping[str, Sequence[Record]]) -> dict[str, list[Scored]]:
+    return {arm: _scored(records, arm) for arm, records in by_arm.items()}
+
+
+def figures_table(title: str, axis: str, scored: Mapping[str, Sequence[Scored]]) -> Table:
+    """Perplexities, ratio and gap, a row for each name in ``scored``; ``axis`` says what they name."""
+    columns = (axis, "facts", "forward perplexity", "backward perplexity", "ratio", "gap")
     rows = []
-    for arm, records in by_arm.items():
-        figures = reversal_figures(_scored(records, arm))
-        shown = (figures.forward, ".1f"), (figures.backward, ".1f"), (figures.ratio, ".2f"), (figures.gap, "+.1f")
-        rows.append((arm, figures.n, *(_shown(value, spec) for value, spec in shown)))
+    for name, facts in scored.items():
+        figures = reversal_figures(facts)
+        cells = (figures.forward, ".1f"), (figures.backward, ".1f"), (figures.ratio, ".2f"), (figures.gap, "+.1f")
+        rows.append((name, figures.n, *(shown(value, spec) for value, spec in cells)))
     note = "ratio = forward / backward; gap = backward − forward; in brackets 95 % bootstrap intervals over facts."
     return Table(title, columns, tuple(rows), note=note)
 
@@ -208,7 +214,7 @@ def _saved_table(by_arm: Mapping[str, Sequence[Record]]) -> Table:
         arm = MEMORY_CROSSED if other == OFF_CROSSED else MEMORY
         if other != MEMORY and (records := by_arm.get(other, [])):
             forward, backward = saved(_scored(records, arm), _scored(records, other))
-            rows.append((arm, other, len(records), _shown(forward, "+.3f"), _shown(backward, "+.3f")))
+            rows.append((arm, other, len(records), shown(forward, "+.3f"), shown(backward, "+.3f")))
     return Table(
         "What the memory saves, in nats a token",
         ("arm", "against", "facts", "forward (as read)", "backward (reversed)"),
@@ -218,7 +224,8 @@ def _saved_table(by_arm: Mapping[str, Sequence[Record]]) -> Table:
     )
 
 
-def _shown(estimate: Estimate, spec: str) -> str | None:
+def shown(estimate: Estimate, spec: str) -> str | None:
+    """An estimate and its interval; None: not finite."""
     if estimate.value is None:
         return None
     value = format(estimate.value, spec)

@@ -16,7 +16,7 @@ from senri.evaluation.report import Report, Section, Value
 from senri.evaluation.runner import Log
 from senri.evaluation.suites import Bench, Suite
 from senri.evaluation.write import write_report
-from senri.hf.memory_file import write_atomically
+from senri.files import write_atomically
 from senri.identity import Identity, differences
 
 IDENTITY, RECORDS, STARTS = "run.json", "records.jsonl", "starts.jsonl"

@@ -15,7 +15,7 @@ from senri.evaluation.html import to_html
 from senri.evaluation.markdown import to_markdown
 from senri.evaluation.plots import render
 from senri.evaluation.report import Report
-from senri.hf.memory_file import write_atomically
+from senri.files import write_atomically
 
 _FIGURE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from senri.files import fingerprint, write_atomically
 from senri.hf.convert import convert_to_senri
-from senri.hf.memory_file import fingerprint, write_atomically
 from senri.hf.modeling_senri import SenriForCausalLM
 
 # What an adapter's weights depend on; the rest of the configuration is the base's.
@@ -81,7 +81,7 @@ def save_adapter(model: SenriForCausalLM, path: str | Path, **notes: Any) -> Non
 
     Raises:
         ValueError: the model is wrapped by PEFT in another way.
-        MemoryFileError: the file cannot be written; nothing is left behind.
+        FileError: the file cannot be written; nothing is left behind.
     """
     lora = {name: p for name, p in model.named_parameters() if _LORA in name}
     ours = all(_is_ours(model, name.partition(_LORA)[0]) for name in lora)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from senri.files import write_atomically
 from senri.hf.cache import ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.decoder import build_store
@@ -51,16 +49,7 @@ _MUST_MATCH = (
 
 
 class MemoryFileError(ValueError):
-    """A memory file that cannot be used or written; the message is one line."""
-
-
-def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of named weights, rounded to bfloat16 so that a model has one fingerprint in every precision."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(parameters):
-        digest.update(name.encode())
-        digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().data)
-    return digest.hexdigest()[:32]
+    """A memory file that cannot be used; the message is one line."""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -104,7 +93,8 @@ def save(path: str | Path, cache: SenriCache, header: dict[str, Any]) -> None:
     """Write ``cache`` to ``path``: whole or not at all.
 
     Raises:
-        MemoryFileError: nothing to save, or the file cannot be written (a full disk, no permission).
+        MemoryFileError: nothing to save.
+        FileError: the file cannot be written (a full disk, no permission).
     """
     if cache.state is None:
         raise MemoryFileError("there is no memory to save yet: read something first")
@@ -120,29 +110,6 @@ def save(path: str | Path, cache: SenriCache, header: dict[str, Any]) -> None:
     header["checksum"] = _checksum(tensors, header)
     data = serialize(tensors, metadata={"senri": json.dumps(header)})
     write_atomically(Path(path), data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the target, then rename; on failure nothing is left behind and an older file stays."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise MemoryFileError(
-            f"cannot write {path}: {error.strerror or error} ({len(data) / 1e6:.1f} MB needed); choose another place"
-        ) from None
-    except BaseException:  # Ctrl-C while writing leaves nothing behind either
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from senri.data import iter_pieces, iter_tokens
+from senri.files import fingerprint
 from senri.hf import memory_file
 from senri.hf.cache import SenriCache
 from senri.memory.svd import SVDCleaning, SVDCleaningStats, svd_cleaning_of_all
@@ -201,7 +202,7 @@ class SessionMixin:
 
         Raises:
             RuntimeError: no session is open.
-            MemoryFileError: the file cannot be written; nothing is left behind.
+            FileError: the file cannot be written; nothing is left behind.
         """
         self.model.catch_up(self._open_session())
         memory_file.save(path, self._open_session(), {**notes, **self._header(tokenizer)})
@@ -222,7 +223,7 @@ class SessionMixin:
     def _header(self, tokenizer: Any) -> dict[str, Any]:
         return {
             **memory_file.expected_header(self.config),
-            "model_fingerprint": memory_file.fingerprint(self.model.named_parameters()),
+            "model_fingerprint": fingerprint(self.model.named_parameters()),
             "tokenizer_fingerprint": None if tokenizer is None else memory_file.tokenizer_fingerprint(tokenizer),
         }
 

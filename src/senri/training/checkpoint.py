@@ -13,8 +13,8 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from senri.files import write_atomically
 from senri.hf.base import new_folder
-from senri.hf.memory_file import write_atomically
 from senri.identity import Identity, differences
 from senri.training.settings import TrainingError
 

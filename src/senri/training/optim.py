@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,16 @@ from senri.training.settings import ALL, LORA, TrainingError, TrainingSettings
 # A write gate starts at logit 2 (sigmoid 0.88: everything is written). It must be able to come back to 0 at least, by
 # its bias alone, or it can never learn to leave anything out.
 LEAST_TRAVEL = 2.0
+
+
+class Plan(Protocol):
+    """How long a run is."""
+
+    @property
+    def max_steps(self) -> int: ...
+
+    @property
+    def warmup_steps(self) -> int: ...
 
 
 def choose_trainable(model: SenriForCausalLM, trainable: str, lora_rank: int) -> dict[str, nn.Parameter]:
@@ -60,7 +70,7 @@ def group_of(name: str, parameter: nn.Parameter) -> str:
     return "matrices" if parameter.dim() > 1 else "vectors"
 
 
-def make_optimizer(groups: list[dict[str, Any]], settings: TrainingSettings) -> tuple[AdamW, LambdaLR]:
+def make_optimizer(groups: list[dict[str, Any]], settings: Plan) -> tuple[AdamW, LambdaLR]:
     """AdamW; the rate rises for ``warmup_steps`` and falls along a cosine to zero at ``max_steps``."""
     optimizer = AdamW(groups)
     return optimizer, _schedule(optimizer, settings)
@@ -90,5 +100,5 @@ def check_gate_travel(settings: TrainingSettings) -> str:
     )
 
 
-def _schedule(optimizer: AdamW, settings: TrainingSettings) -> LambdaLR:
+def _schedule(optimizer: AdamW, settings: Plan) -> LambdaLR:
     return get_scheduler("cosine", optimizer, settings.warmup_steps, settings.max_steps)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +23,13 @@ from senri.identity import Identity
 from senri.training import checkpoint
 from senri.training.batch import Batch, collate
 from senri.training.bptt import Totals, add_up, backward
+from senri.training.interrupt import Interrupt, TrainingStopped, catch_interrupt
 from senri.training.log import Entry, TrainingLog, summarise
 from senri.training.optim import check_gate_travel, choose_trainable, group_of, make_optimizer, parameter_groups
 from senri.training.probe import probe
 from senri.training.settings import ALL, NOTES, TrainingError, TrainingSettings
 
 ADAPTER, FULL = "adapter.safetensors", "model"
-
-
-class TrainingStopped(RuntimeError):
-    """Ctrl-C; all steps are in a checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.step = step
 
 
 class Trainer:
@@ -83,7 +73,7 @@ class Trainer:
         self.notes, self.show = notes or {}, show
         self.say = say if self.main else lambda line: None
         self.step = 0
-        self._interrupted = False
+        self._interrupt = Interrupt()
         self._mixes: dict[int, Mix] = {}
 
     @property
@@ -101,7 +91,7 @@ class Trainer:
         self._start()
         log = TrainingLog(self.folder, self.step) if self.main else None
         try:
-            with self._catch_interrupt():
+            with catch_interrupt(self.say) as self._interrupt:
                 while self.step < self.settings.max_steps:
                     entry, stop = self._one_step()
                     self._after(entry, log)
@@ -209,7 +199,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         sums["tokens"] = sum(int(batch.valid.sum()) for batch in batches)
-        sums["stop"] = int(self._interrupted)
+        sums["stop"] = int(self._interrupt.asked)
         sums = add_up(gather_object([dict(sums)]))
         seconds = time.perf_counter() - started
         entry = {
@@ -264,25 +254,6 @@ class Trainer:
             self.show(entry)
         if self.step % settings.save_steps == 0:
             self._save()
-
-    @contextmanager
-    def _catch_interrupt(self) -> Iterator[None]:
-        """Ctrl-C ends the run after the step at hand; pressed twice, at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-            self.say("stopping after this step (Ctrl-C once more: at once, back to the last checkpoint)")
-
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def run_identity(settings: TrainingSettings, facts: dict[str, Any]) -> Identity:
