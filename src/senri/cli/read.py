@@ -95,12 +95,12 @@ def check_space(path: Path, session: object) -> None:
 
 def save(session: object, path: Path) -> Path:
     """Save to ``path``; if that fails, to the temporary folder, so that nothing read is lost."""
-    from senri.hf.memory_file import MemoryFileError
+    from senri.files import FileError
 
     try:
         session.save(path)  # type: ignore[attr-defined]
         return path
-    except MemoryFileError as error:
+    except FileError as error:
         rescue = Path(tempfile.mkdtemp(prefix="senri-")) / path.name
         session.save(rescue)  # type: ignore[attr-defined]
         warn(f"{error}. The memory is safe in {rescue}")
