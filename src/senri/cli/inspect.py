@@ -48,7 +48,7 @@ def command(memory: MemoryFile) -> None:
         if header.get(name) is not None:
             console.print(f"  {name:<22} {header[name]}")
     table = Table(title="memories", title_justify="left")
-    for column in ("layer", "memories", "matrix", "pairs written", "norm", "effective rank", "key overlap", "load"):
+    for column in ("layer", "memories", "matrix", "pairs written", "norm", "rank", "key overlap", "load"):
         table.add_column(column, justify="right")
     for layer, state in memories_in(tensors).items():
         matrix = state.M if state.slots is None else state.slots.K  # where pairs are kept, of their keys
@@ -68,7 +68,8 @@ def command(memory: MemoryFile) -> None:
             ", ".join(f"{share:.0%}" for share in full),
         )
     console.print(table)
-    console.print("means of the memories that hold something; load: pairs against p with p ln p = d²/2, or slots held")
+    console.print("means of the memories that hold something; rank: the effective one")
+    console.print("load: pairs against p with p ln p = d²/2, or slots held")
 
 
 def _mean(values: Any) -> float:
