@@ -349,7 +349,7 @@ def test_the_options_of_each_model_are_those_that_it_has() -> None:
     lm = ConfigManager(SHIPPED).experiment.transformer_lm
     for name in MODELS:
         assert set(lm.options(name)) <= set(model_options(name))
-        rest = {"vocab_size", "rope_theta", "layer_norm_eps"}  # of the tokenizer, and as Pythia has them
+        rest = {"vocab_size", "rope_theta", "layer_norm_eps", "feedback_scale"}  # elsewhere, and as Pythia has them
         assert set(model_options(name)) - set(lm.options(name)) <= rest
 
 

@@ -84,7 +84,7 @@ def run(
     learning_rate: float | None = None,
 ) -> Path:
     """Train and measure each model with each seed, or go on with it; write the report; returns its folder."""
-    _check_packages()
+    check_packages()
     started, lm = time.perf_counter(), config.experiment.transformer_lm
     changes = {"samples": samples, "epochs": epochs, "learning_rate": learning_rate}
     training = lm.training.model_copy(update={k: v for k, v in changes.items() if v is not None})
@@ -107,7 +107,8 @@ def _parent(config: ConfigManager) -> Path:
     return Path(config.experiment.output_dir) / "transformer_lm"
 
 
-def _check_packages() -> None:
+def check_packages() -> None:
+    """Raises ValueError, naming what to install."""
     try:
         import accelerate  # noqa: F401
         import matplotlib  # noqa: F401

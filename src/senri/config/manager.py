@@ -7,7 +7,15 @@ import yaml
 from pydantic import ValidationError
 
 from senri.config.messages import describe_errors
-from senri.config.schema import ExperimentConfig, ModelConfig, Section, TrainingConfig, TransformerLMConfig
+from senri.config.schema import (
+    ExperimentConfig,
+    LaggedCacheConfig,
+    LMModelConfig,
+    ModelConfig,
+    Section,
+    TrainingConfig,
+    TransformerLMConfig,
+)
 
 if TYPE_CHECKING:
     from senri.hf.configuration_senri import SenriConfig
@@ -165,6 +173,7 @@ def _contradictions(
         errors += _fits_window(training, model.senri["sliding_window_size"])
     if experiment is not None:
         errors += _impossible_models(experiment.transformer_lm)
+        errors += _impossible_lags(experiment.lagged_cache)
     return errors
 
 
@@ -182,13 +191,9 @@ def _impossible_plans(training: TrainingConfig) -> list[str]:
 
 
 def _impossible_models(lm: TransformerLMConfig) -> list[str]:
-    """What the layers of TransformerLM would refuse after the texts were read."""
-    width, heads, part = lm.model.hidden_size, lm.model.num_heads, lm.memory.memory_head_dim
-    place, errors = f"{EXPERIMENT}: transformer_lm", []
-    if width % heads:
-        errors.append(f"{place}.model.num_heads: {heads} does not divide hidden_size ({width})")
-    elif int(width // heads * lm.model.rotary_pct) % 2:
-        errors.append(f"{place}.model.rotary_pct: {lm.model.rotary_pct} of heads of width {width // heads} is odd")
+    """What TransformerLM or its evaluation would refuse after the texts were read."""
+    width, part = lm.model.hidden_size, lm.memory.memory_head_dim
+    place, errors = f"{EXPERIMENT}: transformer_lm", _impossible_shapes(lm.model, "transformer_lm")
     if part is not None and width % part:
         errors.append(f"{place}.memory.memory_head_dim: {part} does not divide hidden_size ({width})")
     window = lm.training.segment_length
@@ -199,6 +204,28 @@ def _impossible_models(lm: TransformerLMConfig) -> list[str]:
             f"{place}.evaluation.length: {lm.evaluation.length} must be more than a sample of training "
             f"({lm.training.segments * window}), or nothing long is read"
         )
+    return errors
+
+
+def _impossible_lags(lct: LaggedCacheConfig) -> list[str]:
+    """What scripts/lagged_cache.py would refuse after the texts were read."""
+    errors, segment = _impossible_shapes(lct.model, "lagged_cache"), lct.training.segment_length
+    errors += [
+        f"{EXPERIMENT}: lagged_cache.speed.lengths: {length} is above segment_length ({segment}) and no multiple of it"
+        for length in lct.speed.lengths
+        if length > segment and length % segment
+    ]
+    return errors
+
+
+def _impossible_shapes(model: LMModelConfig, section: str) -> list[str]:
+    """What the layers of TransformerLM would refuse."""
+    width, heads = model.hidden_size, model.num_heads
+    place, errors = f"{EXPERIMENT}: {section}", []
+    if width % heads:
+        errors.append(f"{place}.model.num_heads: {heads} does not divide hidden_size ({width})")
+    elif int(width // heads * model.rotary_pct) % 2:
+        errors.append(f"{place}.model.rotary_pct: {model.rotary_pct} of heads of width {width // heads} is odd")
     return errors
 
 

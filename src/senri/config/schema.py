@@ -26,6 +26,7 @@ RulerTask = Literal[
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe",
 ]  # fmt: skip
+LMKind = Literal["pythia", "infini", "multi_memory", "hierarchical"]
 BabiTask = Literal["qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10"]
 
 
@@ -377,6 +378,64 @@ class TransformerLMConfig(Section):
         return options
 
 
+class LCTUntilConfig(Section):
+    """`lagged_cache.until` of experiment.yaml."""
+
+    tolerance: PositiveReal
+    passes: Positive
+
+
+class LCTValidationConfig(Section):
+    """`lagged_cache.validation` of experiment.yaml."""
+
+    length: Annotated[int, Strict(), Field(ge=2)]
+    samples: Positive
+    batch_size: Positive
+
+
+class LCTConvergenceConfig(Section):
+    """`lagged_cache.convergence` of experiment.yaml."""
+
+    lengths: Counts
+    samples: Positive
+    tolerance: PositiveReal
+
+
+class LCTSpeedConfig(Section):
+    """`lagged_cache.speed` of experiment.yaml."""
+
+    lengths: Counts
+    samples: Positive
+    batch_size: Positive
+
+
+class LCTSweepConfig(Section):
+    """`lagged_cache.sweep` of experiment.yaml."""
+
+    learning_rates: Annotated[tuple[PositiveReal, ...], Field(min_length=1)]
+    samples: Positive
+    epochs: Positive
+
+
+class LaggedCacheConfig(Section):
+    """`lagged_cache` of experiment.yaml."""
+
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    kind: LMKind
+    model: LMModelConfig
+    feedback_scale: NonNegativeReal
+    training: LMTrainingConfig
+    passes: Counts
+    until: LCTUntilConfig
+    gap_samples: Positive
+    gap_warning: PositiveReal
+    cache_in_memory_gb: NonNegativeReal
+    validation: LCTValidationConfig
+    convergence: LCTConvergenceConfig
+    speed: LCTSpeedConfig
+    sweep: LCTSweepConfig
+
+
 class ExperimentConfig(Section):
     """experiment.yaml."""
 
@@ -388,3 +447,4 @@ class ExperimentConfig(Section):
     demo: DemoConfig
     evaluation: EvaluationConfig
     transformer_lm: TransformerLMConfig
+    lagged_cache: LaggedCacheConfig

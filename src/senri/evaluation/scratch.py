@@ -144,12 +144,7 @@ def measure(
             arms = {name: by_position(nll[row], edges) for name, nll in by_reading.items()}
             records.append({"source": text.source, "arms": arms})
         progress(f"read {len(records)} of {len(texts)} texts")
-    reversal = {}
-    for name, pairs in facts.items():
-        score = model_scorer(model, tokenizer, lead=tokenizer.eos_token)
-        asked = {RIGHT: pairs, CROSSED: crossed(pairs)}
-        reversal[name] = {arm: [s._asdict() for s in evaluate_reversal(score, ps)] for arm, ps in asked.items()}
-        progress(f"asked {len(pairs)} facts: {name}")
+    reversal = measure_reversal(model, tokenizer, facts, progress)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "memory_bytes": model.init_state().nbytes,
@@ -159,6 +154,22 @@ def measure(
         "texts": records,
         "reversal": reversal,
     }
+
+
+def measure_reversal(
+    model: TransformerLM,
+    tokenizer: Any,
+    facts: Mapping[str, Sequence[Pair]],
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The completions of each set of facts, scored behind their own prompts and behind those of other facts."""
+    reversal = {}
+    for name, pairs in facts.items():
+        score = model_scorer(model, tokenizer, lead=tokenizer.eos_token)
+        asked = {RIGHT: pairs, CROSSED: crossed(pairs)}
+        reversal[name] = {arm: [s._asdict() for s in evaluate_reversal(score, ps)] for arm, ps in asked.items()}
+        progress(f"asked {len(pairs)} facts: {name}")
+    return reversal
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def sections(results: Sequence[Result], length: int) -> list[Section]:
         _models(results, runs),
         _perplexity(runs, length),
         *_memory(runs, length),
-        *(_reversal(name, results) for name in results[0].measured["reversal"]),
+        *(reversal_section(name, results) for name in results[0].measured["reversal"]),
     ]
 
 
@@ -221,7 +221,9 @@ def _paired(name: str, members: Sequence[Result], edges: Sequence[int]) -> Serie
     )
 
 
-def _reversal(facts: str, results: Sequence[Result]) -> Section:
+def reversal_section(facts: str, results: Sequence[Result]) -> Section:
+    """One set of facts, of all results."""
+
     def scored(result: Result, arm: str) -> list[Scored]:
         return [Scored(**values) for values in result.measured["reversal"][facts][arm]]
 

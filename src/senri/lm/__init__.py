@@ -6,6 +6,7 @@ width of a head.
 
 from senri.lm.base import KeyValues, Layer, LayerState, ModelState
 from senri.lm.factory import MODELS, create_model, model_options
+from senri.lm.feedback import FeedbackLM, Refined, relative_gap
 from senri.lm.memory_layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
 from senri.lm.model import Output, TransformerLM
 from senri.lm.pythia import PythiaLayer
@@ -13,6 +14,7 @@ from senri.lm.state_file import StateFileError, load_memory, save_memory
 
 __all__ = [
     "MODELS",
+    "FeedbackLM",
     "HierarchicalLayer",
     "InfiniLayer",
     "KeyValues",
@@ -22,10 +24,12 @@ __all__ = [
     "MultiMemoryLayer",
     "Output",
     "PythiaLayer",
+    "Refined",
     "StateFileError",
     "TransformerLM",
     "create_model",
     "load_memory",
     "model_options",
+    "relative_gap",
     "save_memory",
 ]

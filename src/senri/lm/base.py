@@ -28,10 +28,11 @@ class ModelState(NamedTuple):
     """
 
     layers: tuple[LayerState, ...]
+    fed_back: Tensor | None = None  # [B, hidden] what a FeedbackLM feeds to the next token
 
     def next_segment(self) -> ModelState:
-        """The memories alone: the next token begins a segment, at position 0 of softmax attention."""
-        return ModelState(tuple(layer if isinstance(layer, MemoryState) else None for layer in self.layers))
+        """Keys and values forgotten: the next token begins a segment, at position 0 of softmax attention."""
+        return self._replace(layers=tuple(layer if isinstance(layer, MemoryState) else None for layer in self.layers))
 
     def detach(self) -> ModelState:
         """The same state, cut from the graph."""

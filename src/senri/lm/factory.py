@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from senri.lm.base import Layer
+from senri.lm.feedback import FeedbackLM
 from senri.lm.memory_layers import HierarchicalLayer, InfiniLayer, MultiMemoryLayer
 from senri.lm.model import TransformerLM
 from senri.lm.pythia import PythiaLayer
@@ -18,7 +19,7 @@ MODELS: dict[str, type[Layer]] = {
     "multi_memory": MultiMemoryLayer,
     "hierarchical": HierarchicalLayer,
 }
-_MODEL_OPTIONS = {"vocab_size": 50304, "num_layers": 6}
+_MODEL_OPTIONS = {"vocab_size": 50304, "num_layers": 6, "feedback_scale": None}
 
 
 def model_options(name: str) -> dict[str, Any]:
@@ -36,8 +37,9 @@ def create_model(name: str, **options: Any) -> TransformerLM:
     """``pythia``: Pythia layers; ``infini``, ``multi_memory``, ``hierarchical``: one memory layer, then Pythia layers.
 
     Args:
-        options: ``vocab_size`` (50,304), ``num_layers`` (6, the memory layer included), and all that the layers take;
-            by default as Pythia-70M. An option goes to each layer that has it. See :func:`model_options`.
+        options: ``vocab_size`` (50,304), ``num_layers`` (6, the memory layer included), ``feedback_scale`` (None; a
+            number makes a :class:`~senri.lm.feedback.FeedbackLM`), and all that the layers take; by default as
+            Pythia-70M. An option goes to each layer that has it. See :func:`model_options`.
 
     Raises:
         ValueError: an unknown name or option, listing the valid ones; numbers that do not fit together.
@@ -53,7 +55,10 @@ def create_model(name: str, **options: Any) -> TransformerLM:
         raise ValueError(f"num_layers must be >= 1, not {values['num_layers']}")
     kinds: list[type[Layer]] = [MODELS[name], *[PythiaLayer] * (values["num_layers"] - 1)]
     layers = [kind(**{option: values[option] for option in _defaults(kind)}) for kind in kinds]
-    return TransformerLM(layers, values["vocab_size"], values["layer_norm_eps"])
+    shape = layers, values["vocab_size"], values["layer_norm_eps"]
+    if values["feedback_scale"] is None:
+        return TransformerLM(*shape)
+    return FeedbackLM(*shape, feedback_scale=values["feedback_scale"])
 
 
 def _defaults(kind: type[Layer]) -> dict[str, Any]:

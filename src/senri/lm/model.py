@@ -103,6 +103,10 @@ class TransformerLM(nn.Module):
         hidden, after, before = self._run(input_ids, state, update_memory)
         return hidden, after if update_memory else before
 
+    def run_tokens(self, input_ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Final hidden states of ``[B, T]`` tokens, and the state behind them; a session is not looked at."""
+        return self.run_layers(self.embed_in(input_ids), state)
+
     def run_layers(self, embedded: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """All layers and the final norm on ``[B, T, hidden]``; for models that feed something else than tokens."""
         states = []
@@ -119,7 +123,7 @@ class TransformerLM(nn.Module):
             raise ValueError(f"input_ids must be [batch, tokens], not {list(input_ids.shape)}")
         in_session = state is None and self.session is not None and not self.training
         before = state or (self.session if in_session and self.session else self.init_state(len(input_ids)))
-        hidden, after = self.run_layers(self.embed_in(input_ids), before)
+        hidden, after = self.run_tokens(input_ids, before)
         if in_session and update_memory:
             self.session = after.next_segment().detach()
         return hidden, after, before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(
-    folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: Any, scheduler: Any, *, main: bool
+    folder: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: Any,
+    scheduler: Any,
+    *,
+    main: bool,
+    more: Callable[[Path], None] = lambda scratch: None,
 ) -> None:
     """Save where the run stands after ``step`` steps, and drop all but the last checkpoints.
 
-    Every process calls it (each has its own random numbers); the ``main`` one writes.
+    Every process calls it (each has its own random numbers); the ``main`` one writes, ``more`` into the same folder.
 
     Raises:
         TrainingError: it cannot be written; the checkpoints before it stay.
@@ -83,6 +91,7 @@ def save(
                     "random": random,
                 }
                 torch.save(state, scratch / STATE)
+                more(scratch)
                 for file in scratch.iterdir():
                     _sync(file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError

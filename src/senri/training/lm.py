@@ -109,7 +109,7 @@ class LMTrainer:
                     entry = self._one_step()
                     log.write(entry)
                     self.show(entry)
-                    if self.step % self.settings.save_steps == 0 or self.step == self.max_steps or interrupt.asked:
+                    if self._save_is_due() or interrupt.asked:
                         self._save()
                     if interrupt.asked and self.step < self.max_steps:
                         raise TrainingStopped(self.step)
@@ -141,6 +141,9 @@ class LMTrainer:
         if checkpoint.checkpoints(self.folder):
             self.step = checkpoint.load(self.folder, self.parameters, self.optimizer, self.scheduler, process=0)
             self.say(f"going on after step {self.step:,} of {self.max_steps:,}")
+
+    def _save_is_due(self) -> bool:
+        return self.step % self.settings.save_steps == 0 or self.step == self.max_steps
 
     def _save(self) -> None:
         checkpoint.save(self.folder, self.step, self.parameters, self.optimizer, self.scheduler, main=True)

@@ -42,11 +42,7 @@ class TrainingLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / LOG
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+        kept = [json.dumps(entry) + "\n" for entry in read_log(folder) if entry["step"] <= step]
         path.write_text("".join(kept), encoding="utf-8")
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._board: Any = None
@@ -68,6 +64,13 @@ class TrainingLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def read_log(folder: Path) -> list[Entry]:
+    """All entries of a run's log, none if there is none; a line that was cut off is left out."""
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _numbers(entry: Entry, prefix: str = "") -> list[tuple[str, float]]:
