@@ -64,6 +64,7 @@ class LinearAttention(nn.Module):
             feature_dim(RULES[self.rule].feature_map, self.head_dim),
             rule=self.rule,
             num_memories=None if self.store is None else self.store.size,
+            store=None if self.store is None else self.store.name,
             dtype=torch.float64 if dtype == torch.float64 else torch.float32,
             device=device,
         )
