@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,6 +117,21 @@ def stream_answer(session: Session) -> object:
     from transformers import TextStreamer
 
     return TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around a script that goes on where it stopped: one line on stderr and status 1 for what the user can mend,
+    130 for Ctrl-C.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        warn(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        warn("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
 
 
 def warn(text: str) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from senri.cli.common import console, warn
+from senri.cli.common import console, resumable, warn
 from senri.config import ConfigManager
 from senri.config.schema import TransformerLMConfig
 
@@ -56,14 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=_positive(int), help="times each is trained on [default: as configured]")
     parser.add_argument("--lr", type=_positive(float), help="highest learning rate [default: as configured]")
     asked = parser.parse_args(arguments)
-    try:
+    with resumable():
         run(ConfigManager(), list(dict.fromkeys(asked.models)), asked.samples, asked.epochs, asked.lr)
-    except (ValueError, RuntimeError, OSError) as error:
-        warn(str(error))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        warn("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
 
 
 def _positive(kind: type) -> Any:

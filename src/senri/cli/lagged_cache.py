@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from senri.cli.common import console, warn
+from senri.cli.common import console, resumable, warn
 from senri.cli.experiment import RESULT, Display, Material, pack, prepare
 from senri.config import ConfigManager
 from senri.config.schema import LaggedCacheConfig, Section, TransformerLMConfig
@@ -60,14 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "stands in config/experiment.yaml under lagged_cache. Ctrl-C stops; the same command goes on."
     )
     parser.parse_args(arguments)
-    try:
+    with resumable():
         run(ConfigManager())
-    except (ValueError, RuntimeError, OSError) as error:
-        warn(str(error))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        warn("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
 
 
 def run(config: ConfigManager) -> Path:
