@@ -41,7 +41,7 @@ def reference(q, k, v, window, num_sinks, padding):
     return out
 
 
-def streamed(q, k, v, window, num_sinks, padding, cuts):
+def streamed(q, k, v, window, num_sinks, padding, cuts, block_size, attention=sliding_window_attention):
     """The same in pieces that end at ``cuts``, as a decoder layer calls it."""
     steps = q.shape[2]
     valid = torch.arange(steps)[None] >= torch.tensor(padding)[:, None]
@@ -58,12 +58,12 @@ def streamed(q, k, v, window, num_sinks, padding, cuts):
             sink_v = new.put(sink_v, new.take(v[:, :, start:stop]))
         plan = window_plan(
             stop - start, start - first, window, valid[:, first:stop] if any(padding) else None, q.device,
-            sinks_behind(index[:, start:stop], num_sinks, window),
+            sinks_behind(index[:, start:stop], num_sinks, window), block_size,
         )  # fmt: skip
         part = slice(start, stop)
         sinks = Sinks(q[:, :, part], sink_k, sink_v)
         queries, keys, values = rotated_q[:, :, part], rotated_k[:, :, first:stop], v[:, :, first:stop]
-        parts.append(sliding_window_attention(queries, keys, values, plan, scale=SCALE, sinks=sinks))
+        parts.append(attention(queries, keys, values, plan, scale=SCALE, sinks=sinks))
     return torch.cat(parts, 2) * valid[:, None, :, None]
 
 
@@ -86,12 +86,33 @@ def test_any_cut_is_the_plain_loop_in_outputs_and_gradients(data):
     shapes = [(rows, heads * groups, steps, width), *[(rows, heads, steps, width)] * 2]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     expected = reference(*inputs, window, num_sinks, padding)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sliding, "BLOCK", draw(st.integers(1, 5)))
-        out = streamed(*inputs, window, num_sinks, padding, cuts)
+    block_size = draw(st.integers(1, 5))
+    out = streamed(*inputs, window, num_sinks, padding, cuts, block_size)
     torch.testing.assert_close(out, expected, **EXACT)
     for ours, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
+    if not any(padding):  # and by two products a block, where gradients are not wanted
+        with torch.no_grad():
+            out = streamed(*inputs, window, num_sinks, padding, cuts, block_size, always_by_products)
+        torch.testing.assert_close(out, expected.detach(), **EXACT)
+
+
+def always_by_products(q, k, v, plan, *, scale, sinks):
+    if plan[0].early is None:
+        return sliding_window_attention(q, k, v, plan, scale=scale, sinks=sinks)
+    return sliding._by_products(q, k, v, plan, scale, sinks)
+
+
+def test_half_precision_goes_by_products_unless_gradients_are_wanted(monkeypatch):
+    calls = []
+    monkeypatch.setattr(sliding, "_by_products", lambda q, *rest: calls.append(q.dtype) or q)
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, plan, sinks = make_case(dtype=dtype)
+        sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
+        with torch.no_grad():
+            sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
+            sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks, dropout=0.5)
+    assert calls == [torch.bfloat16]
 
 
 def make_case(steps=5, window=4, num_sinks=2, dtype=torch.float64, width=8):

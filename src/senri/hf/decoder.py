@@ -20,10 +20,12 @@ from transformers.models.llama.modeling_llama import (
 
 from senri.hf.cache import LayerState
 from senri.hf.configuration_senri import SenriConfig
+from senri.hf.fused_layer import can_fuse, fused
 from senri.layers import (
     MemoryAttention,
     MemoryStream,
     NewSinks,
+    PackedWeights,
     Sinks,
     WindowPlan,
     Writing,
@@ -107,25 +109,34 @@ class SenriAttention(nn.Module):
         attention`` before the output projection (Munkhdalai et al. 2024, eq. 6).
         """
 
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-        raw_q, raw_k, v = (heads(projection(hidden)) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        sinks = self._sinks(state, plan, raw_q, raw_k, v)
+        raw_q, raw_k, v = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = apply_rotary_pos_emb(raw_q, raw_k, *plan.rotary)
+        out, new_state = self.attend(q, k, v, raw_q, raw_k, state, plan)
+        if memory_read is not None and memory_weight is not None:
+            out = memory_weight * memory_read + (1 - memory_weight) * out
+        return self.o_proj(out.reshape(*hidden.shape[:2], -1)), new_state
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, raw_q: Tensor, raw_k: Tensor, state: LayerState, plan: AttentionPlan
+    ) -> tuple[Tensor, LayerState]:
+        """Rotated ``q`` ``[B, H, T, D]``, ``k``, ``v`` ``[B, Hkv, T, D]`` and the unrotated ones -> ``[B, T, H, D]``,
+        and the state with the new window and sinks.
+        """
+        sinks = self._sinks(state, plan, raw_q, raw_k, v)
         keys = torch.cat([state.keys, k], dim=2) if state.keys.shape[2] else k
         values = torch.cat([state.values, v], dim=2) if state.values.shape[2] else v
         dropout = self.dropout if self.training else 0.0
         out = sliding_window_attention(
             q, keys, values, plan.window, scale=self.head_dim**-0.5, dropout=dropout, sinks=sinks
-        ).transpose(1, 2)
-        if memory_read is not None and memory_weight is not None:
-            out = memory_weight * memory_read + (1 - memory_weight) * out
+        )
         first = max(keys.shape[2] - (self.window - 1), 0)
         new_state = state._replace(
             keys=keys[:, :, first:], values=values[:, :, first:], sink_keys=sinks.keys, sink_values=sinks.values
         )
-        return self.o_proj(out.reshape(*hidden.shape[:2], -1)), new_state
+        return out.transpose(1, 2), new_state
 
     def _sinks(self, state: LayerState, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> Sinks:
         """The sinks with those that are among the new tokens; q, k before their rotation."""
@@ -147,6 +158,8 @@ class SenriDecoderLayer(nn.Module):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.shares = config.memory_sharing
+        self.hidden_act = config.hidden_act
+        self.packed = PackedWeights()
         self.memory = build_memory(config, layer_idx) if layer_idx in config.memory_layers else None
 
     def forward(
@@ -160,6 +173,9 @@ class SenriDecoderLayer(nn.Module):
         """Returns the new hidden states, the memory's input where the read-out waits for the head, the new state, and
         what the memory writes; ``shared``: that of the layer whose memory this one only reads.
         """
+        if can_fuse(self, hidden):
+            hidden, normed, state = fused(self, hidden, state, plan)
+            return hidden, None if self.memory is None else normed, state, shared if self.shares else None
         normed = self.input_layernorm(hidden)
         read, weight, added, memory_state, waiting = None, None, None, state.memory, None
         if self.memory is not None and state.memory is not None:

@@ -21,6 +21,7 @@ from senri.layers import (
     MemoryLayerState,
     MemoryStream,
     Writing,
+    best_block_size,
     new_sinks,
     sinks_behind,
     taps_of,
@@ -258,8 +259,9 @@ class SenriModel(SenriPreTrainedModel):
         window, num_sinks = self.config.sliding_window_size, self.config.num_sink_tokens
         behind = sinks_behind(index, num_sinks, window)
         valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+        block_size = best_block_size(hidden, padded=window_valid is not None)
         return AttentionPlan(
-            window_plan(hidden.shape[1], past, window, window_valid, hidden.device, behind=behind),
+            window_plan(hidden.shape[1], past, window, window_valid, hidden.device, behind, block_size),
             self.rotary_emb(hidden, position_ids),
             new_sinks(index, valid, num_sinks),
             self.rotary_emb.sinks(hidden, num_sinks, window),

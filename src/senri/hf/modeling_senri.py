@@ -14,6 +14,7 @@ from senri.hf.cache import SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.model import SenriModel, SenriPreTrainedModel
 from senri.hf.session_mixin import SessionMixin
+from senri.layers import PackedWeights, packs
 
 
 class _Rows:
@@ -48,6 +49,7 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         self.model = SenriModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.packed = PackedWeights()
         self.session: SenriCache | None = None
         self.post_init()
 
@@ -81,7 +83,10 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept] if isinstance(kept, Tensor) or logits_to_keep else hidden)
+        if isinstance(kept, Tensor) or logits_to_keep:
+            hidden = hidden[:, kept]
+        packed = packs(hidden) and type(self.lm_head) is nn.Linear
+        logits = (self.packed.get("lm_head", self.lm_head) if packed else self.lm_head)(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -1,7 +1,7 @@
 """Exact attention over the last W tokens, in blocks of queries so that memory stays flat in the length.
 
-Shapes: ``B`` batch, ``H`` query heads, ``Hkv`` key heads, ``T`` new tokens, ``P`` past tokens (at most W - 1),
-``S`` sinks, ``D`` head width. Query ``t`` attends to keys ``(t - W, t]``, and to the sinks behind them.
+Shapes: ``B`` batch, ``H`` query heads, ``Hkv`` key heads, ``G = H / Hkv``, ``T`` new tokens, ``P`` past tokens (at most
+W - 1), ``S`` sinks, ``D`` head width. Query ``t`` attends to keys ``(t - W, t]``, and to the sinks behind them.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from senri.layers.sinks import Sinks, join, with_scores
 
-BLOCK = 256  # queries of one attention call; a speed knob: 1.45x faster than 1024 at W = 1024 on a CPU
+# Queries of one attention call, speed knobs on a CPU: the fused kernel at W = 1024 is 1.45x as fast as with 1024, the
+# products of :func:`_by_products` do best while a block's scores stay in the processor's cache.
+BLOCK, PRODUCTS_BLOCK = 256, 64
 
 
 class Block(NamedTuple):
@@ -25,13 +27,22 @@ class Block(NamedTuple):
     mask: Tensor | None  # [B or 1, 1, stop - start, (S +) last - first] bool; None: see is_causal
     is_causal: bool
     sinks: bool  # whether a query of the block sees any
+    # Without padding: which of the first and of the last keys are hidden, [stop - start, n] bool; between them none is.
+    early: Tensor | None = None
+    late: Tensor | None = None
 
 
 WindowPlan = list[Block]
 
 
 def window_plan(
-    steps: int, past: int, window: int, valid: Tensor | None, device: torch.device, behind: Tensor | None = None
+    steps: int,
+    past: int,
+    window: int,
+    valid: Tensor | None,
+    device: torch.device,
+    behind: Tensor | None = None,
+    block_size: int = BLOCK,
 ) -> WindowPlan:
     """Blocks and masks of one forward call; the same for all layers.
 
@@ -42,18 +53,24 @@ def window_plan(
         valid: ``[B, P + T]`` bool, False where padded; None: no padding, which keeps the mask-free kernels.
         device: where the masks live.
         behind: ``[B, T, S]`` bool, which sinks have left each query's window; None: none of any query's.
+        block_size: queries of a block: speed, never the result.
     """
     plain = valid is None and past + steps <= window and (past == 0 or steps == 1)
     if plain and (behind is None or behind.all()):
         # The plain causal kernels, so that a text inside the window gives the pretrained model's bits.
         return [Block(0, steps, 0, past + steps, None, is_causal=steps > 1, sinks=behind is not None)]
     plan = []
-    for start in range(0, steps, BLOCK):
-        stop = min(start + BLOCK, steps)
+    for start in range(0, steps, block_size):
+        stop = min(start + block_size, steps)
         first, last = max(0, past + start - window + 1), past + stop
         query = torch.arange(past + start, past + stop, device=device)[:, None]
         key = torch.arange(first, last, device=device)[None]
-        mask = ((key <= query) & (key > query - window))[None, None]
+        seen = (key <= query) & (key > query - window)
+        early, late = None, None
+        if valid is None:
+            edge = min(stop - start, last - first)
+            early, late = ~seen[:, :edge], ~seen[:, last - first - edge :]
+        mask = seen[None, None]
         if valid is not None:
             # padded queries still see themselves: a row without any key would give NaN
             mask = mask & valid[:, None, None, first:last] | (key == query)
@@ -62,7 +79,7 @@ def window_plan(
             sinks = None
         if sinks is not None:
             mask = torch.cat([sinks, mask.expand(len(sinks), -1, -1, -1)], -1)
-        plan.append(Block(start, stop, first, last, mask, is_causal=False, sinks=sinks is not None))
+        plan.append(Block(start, stop, first, last, mask, False, sinks is not None, early, late))
     return plan
 
 
@@ -86,6 +103,11 @@ def sliding_window_attention(
     Returns:
         ``[B, H, T, D]``.
     """
+    if _makes_products(q) and not dropout and plan:
+        if plan[0].early is not None:
+            return _by_products(q, k, v, plan, scale, sinks)
+        if q.shape[2] == 1 and plan[0].mask is None:
+            return _one_query(q, k, v, scale, sinks if plan[0].sinks else None)
     heads, head_dim, groups = *q.shape[1::2], q.shape[1] // k.shape[1]
     wide = with_scores(q, sinks) if sinks is not None and any(block.sinks for block in plan) else q
     outputs = []
@@ -112,3 +134,78 @@ def sliding_window_attention(
         )
         outputs.append(out[..., :head_dim].reshape(len(q), heads, -1, head_dim))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def best_block_size(x: Tensor, *, padded: bool) -> int:
+    """Queries of a block that attention of tensors like ``x`` is fastest with."""
+    return PRODUCTS_BLOCK if not padded and _makes_products(x) else BLOCK
+
+
+def _makes_products(x: Tensor) -> bool:
+    """Whether attention without padding is computed by :func:`_by_products`."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Sinks | None) -> Tensor:
+    """:func:`sliding_window_attention` where there is one new token, which sees all keys and ``sinks``."""
+
+    def rows(x: Tensor) -> Tensor:  # [B, H, 1, D] -> [B * Hkv, G, D]
+        return x.reshape(len(k) * k.shape[1], -1, x.shape[-1])
+
+    query, keys, values = rows(q * scale), rows(k), rows(v)
+    scores = torch.bmm(query, keys.mT)
+    if sinks is None:
+        return torch.bmm(scores.softmax(-1), values).view_as(q)
+    behind = torch.bmm(rows(sinks.queries * scale), rows(sinks.keys).mT)
+    weights = torch.cat([behind, scores], -1).softmax(-1)
+    read = torch.bmm(weights[..., behind.shape[-1] :], values)
+    return torch.baddbmm(read, weights[..., : behind.shape[-1]], rows(sinks.values)).view_as(q)
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan, scale: float, sinks: Sinks | None) -> Tensor:
+    """:func:`sliding_window_attention` by two matrix products a block and key head, with the softmax in place between.
+
+    PyTorch's fused kernel makes no use of a processor's bfloat16 products, which are several times as fast. Scores are
+    rounded to bfloat16, as in transformers' eager attention. No batched products: they would copy parts of a tensor.
+    """
+    (batch, kv_heads), (steps, head_dim) = k.shape[:2], q.shape[2:]
+    groups, num_sinks = q.shape[1] // kv_heads, 0 if sinks is None else sinks.keys.shape[2]
+
+    def rows(x: Tensor) -> Tensor:  # [B, H, T, D] -> [B * Hkv, T * G, D]
+        return x.unflatten(1, (kv_heads, groups)).transpose(2, 3).reshape(batch * kv_heads, steps * groups, -1)
+
+    def with_room(x: Tensor) -> Tensor:  # [B, Hkv, P + T, D] -> [B * Hkv, S + P + T, D], the first ones for the sinks
+        return F.pad(x, (0, 0, num_sinks, 0)).flatten(0, 1)
+
+    query, keys, values = rows(q * scale), with_room(k).mT, with_room(v)
+    if sinks is not None:
+        full = torch.promote_types(q.dtype, torch.float32)
+        sink_scores = rows(sinks.queries * scale).to(full) @ sinks.keys.flatten(0, 1).to(full).mT
+        sink_values = sinks.values.flatten(0, 1)
+    out = torch.empty_like(query)
+    room = query.new_empty(max(groups * (b.stop - b.start) * (num_sinks + b.last - b.first) for b in plan))
+    for block in plan:
+        part = slice(block.start * groups, block.stop * groups)
+        seen = num_sinks if block.sinks else 0
+        # where a sink goes stands a key that left the window of this block's queries, and of all later ones
+        span = slice(num_sinks - seen + block.first, num_sinks + block.last)
+        scores = room[: (part.stop - part.start) * (span.stop - span.start)].view(part.stop - part.start, -1)
+        by_query = scores.unflatten(0, (-1, groups))
+        assert block.early is not None
+        assert block.late is not None
+        early, late = block.early[:, None], block.late[:, None]
+        first = by_query[..., seen : seen + early.shape[-1]]
+        last = by_query[..., by_query.shape[-1] - late.shape[-1] :]
+        for row in range(batch * kv_heads):
+            torch.mm(query[row, part], keys[row, :, span], out=scores)
+            first.masked_fill_(early, -torch.inf)
+            last.masked_fill_(late, -torch.inf)
+            if seen:
+                assert block.mask is not None
+                hidden = ~block.mask[row // kv_heads, 0, :, None, :seen]
+                score = sink_scores[row, part].unflatten(0, (-1, groups))
+                by_query[..., :seen] = score.masked_fill(hidden, -torch.inf)
+                values[row, span.start : span.start + seen] = sink_values[row]
+            torch.softmax(scores, -1, out=scores)
+            torch.mm(scores, values[row, span], out=out[row, part])
+    return out.view(batch, kv_heads, steps, groups, head_dim).transpose(2, 3).flatten(1, 2)

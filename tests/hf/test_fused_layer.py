@@ -1,0 +1,117 @@
+"""bfloat16 without gradients goes through packed, fused layers: no less exact than the plain ones, and never stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import senri.hf.decoder as decoder
+from senri.hf.fused_layer import can_fuse, rotated
+from senri.layers import PackedLinear
+
+STEPS = 40
+HEAD = {"memory_readout": "head", "update_rule": "slot", "memory_context_size": 5, "sliding_window_size": 8}
+
+
+@pytest.fixture
+def half(make_senri):
+    """A bfloat16 model, and the float64 model with the very same weights."""
+
+    def make(**options):
+        model = make_senri(**{**HEAD, **options}).bfloat16()
+        return model, copy.deepcopy(model).double()
+
+    return make
+
+
+def logits(model, ids, cuts=()):
+    cache, parts = model.model.new_cache(), []
+    for part in ids.tensor_split(cuts, dim=1):
+        parts.append(model(part, past_key_values=cache).logits)
+    return torch.cat(parts, 1)
+
+
+def error(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("cuts", [(), (13, 14, 15, 30), tuple(range(1, STEPS))], ids=["whole", "pieces", "tokens"])
+@pytest.mark.parametrize("options", [{}, {"num_sink_tokens": 0}, {"num_sink_tokens": 3}, {"family": "qwen2"}])
+@torch.no_grad()
+def test_as_exact_as_the_plain_layers(half, tokens, monkeypatch, options, cuts):
+    model, exact = half(**options)
+    ids = tokens(2, STEPS)
+    expected = logits(exact, ids)
+    calls = []
+    monkeypatch.setattr(decoder, "fused", lambda *args, fused=decoder.fused: calls.append(1) or fused(*args))
+    ours = error(logits(model, ids, cuts), expected)
+    assert len(calls) == 3 * (len(cuts) + 1), "a layer was not fused"
+    monkeypatch.setattr(decoder, "can_fuse", lambda *_: False)
+    plain = error(logits(model, ids, cuts), expected)
+    assert 0 < ours < 1.3 * plain < 0.1
+
+
+def test_only_where_nothing_is_lost(half, tokens):
+    model, exact = half()
+    layer, hidden = model.model.layers[1], torch.randn(1, 3, 32, dtype=torch.bfloat16)
+    assert not can_fuse(layer, hidden), "it would have no gradients"
+    with torch.no_grad():
+        assert can_fuse(layer, hidden)
+        assert not can_fuse(exact.model.layers[1], hidden.double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not can_fuse(layer, hidden)
+        assert not can_fuse(layer.train(), hidden)
+        layer.eval()
+        layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)  # as PEFT wraps it
+        assert not can_fuse(layer, hidden)
+        assert not can_fuse(half(memory_readout="layer")[0].model.layers[1], hidden)
+
+
+@torch.no_grad()
+def test_changed_weights_are_packed_anew(half, tokens):
+    model, _ = half()
+    ids = tokens(1, 5)
+    before = logits(model, ids)
+    assert torch.equal(logits(model, ids), before)
+    layer = model.model.layers[0]
+    for weight in (layer.mlp.down_proj.weight, layer.self_attn.k_proj.weight):
+        weight.mul_(2)
+        changed = logits(model, ids)
+        assert not torch.equal(changed, before)
+        weight.mul_(0.5)
+        assert torch.equal(logits(model, ids), before)
+    layer.mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros_like(layer.mlp.gate_proj.weight))
+    assert not torch.equal(logits(model, ids), before)
+
+
+@torch.no_grad()
+def test_packed_weights_are_no_part_of_the_model(half, tokens, tmp_path):
+    model, _ = half()
+    names, ids = set(model.state_dict()), tokens(1, 5)
+    expected = logits(model, ids)
+    assert set(model.state_dict()) == names
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other, ids), expected)
+
+
+@torch.no_grad()
+def test_packed_linear_is_its_layers_side_by_side():
+    x = torch.randn(2, 3, 10, dtype=torch.bfloat16)
+    first, second = torch.nn.Linear(10, 4).bfloat16(), torch.nn.Linear(10, 6).bfloat16()
+    exact = torch.cat([copy.deepcopy(layer).double()(x.double()) for layer in (first, second)], -1)
+    packed, close = PackedLinear(first, second), {"rtol": 8e-3, "atol": 8e-3}
+    other = torch.randn(2, 3, 10, dtype=torch.bfloat16)
+    torch.testing.assert_close(packed(x).double(), exact, **close)
+    torch.testing.assert_close(packed.silu(x).double(), torch.nn.functional.silu(exact), **close)
+    torch.testing.assert_close(packed.plus(x, other).double(), exact + other, **close)
+    torch.testing.assert_close(packed.times(x, other).double(), exact * other, **close)
+
+
+def test_rotation_is_transformers_own():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    x, angle = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    cos, sin = (f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
+    expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
+    torch.testing.assert_close(rotated(x, cos, sin).transpose(1, 2), expected, rtol=1e-12, atol=1e-12)
