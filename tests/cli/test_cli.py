@@ -574,7 +574,7 @@ def test_as_a_module_without_torch():
     code += "except SystemExit as e: print(e.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     commands = re.findall(r"^  (\w+) ", done.stdout.split("Commands:")[1], re.MULTILINE)
-    assert commands == ["read", "ask", "chat", "inspect", "convert", "demo", "train", "eval"]
+    assert commands == ["read", "ask", "chat", "inspect", "convert", "demo", "train", "eval", "bench"]
     assert done.stdout.splitlines()[-1] == "0 False False"
     module = subprocess.run([sys.executable, "-m", "senri", "--help"], capture_output=True, text=True, check=True)
     assert "read text of any length in constant memory" in module.stdout

@@ -61,11 +61,27 @@ def test_only_where_nothing_is_lost(half, tokens):
         assert not can_fuse(exact.model.layers[1], hidden.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not can_fuse(layer, hidden)
+        layer.self_attn.dropout = 0.1
+        assert can_fuse(layer, hidden)
         assert not can_fuse(layer.train(), hidden)
-        layer.eval()
         layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)  # as PEFT wraps it
         assert not can_fuse(layer, hidden)
         assert not can_fuse(half(memory_readout="layer")[0].model.layers[1], hidden)
+
+
+def test_a_frozen_base_is_fused_while_its_memory_is_trained(half, tokens, monkeypatch):
+    model, exact = half()
+    for name, parameter in [*model.named_parameters(), *exact.named_parameters()]:
+        parameter.requires_grad_(".memory." in name)
+    assert can_fuse(model.model.layers[1], torch.randn(1, 3, 32, dtype=torch.bfloat16))
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_()
+    assert not can_fuse(model.model.layers[1], torch.randn(1, 3, 32, dtype=torch.bfloat16))
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    gradients = []
+    for trained in (model, exact):
+        trained(tokens(2, STEPS), labels=tokens(2, STEPS)).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten().double() for p in trained.parameters() if p.requires_grad]))
+    assert error(*gradients) < 0.1
 
 
 @torch.no_grad()

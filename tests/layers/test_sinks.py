@@ -109,10 +109,13 @@ def test_half_precision_goes_by_products_unless_gradients_are_wanted(monkeypatch
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v, plan, sinks = make_case(dtype=dtype)
         sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
-        with torch.no_grad():
+        sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks, dropout=0.5)
+        for wanted in (q, k, sinks.values):
             sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
-            sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks, dropout=0.5)
-    assert calls == [torch.bfloat16]
+            wanted.requires_grad_()
+            sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
+            wanted.requires_grad_(False)
+    assert calls == [torch.bfloat16] * 4
 
 
 def make_case(steps=5, window=4, num_sinks=2, dtype=torch.float64, width=8):
@@ -150,18 +153,20 @@ def test_half_precision_keeps_a_large_score():
     assert exact.abs().min() > 100
     assert ((coarse + rest) / exact - 1).abs().max() < 2e-5
     assert (coarse / exact - 1).abs().max() > 1e-3, "one part would have done"
+    q.requires_grad_()  # the fused kernel; without gradients scores are rounded
     out = sliding_window_attention(q, k, v, plan, scale=0.02, sinks=sinks)
     assert out.dtype == torch.bfloat16
-    doubles, sinks = [x.double() for x in (q, k, v)], Sinks(*(x.double() for x in sinks))
+    doubles, sinks = [x.detach().double() for x in (q, k, v)], Sinks(*(x.double() for x in sinks))
     expected = sliding_window_attention(*doubles, plan, scale=0.02, sinks=sinks)
     assert expected.abs().max() > 1
-    torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(out.detach().double(), expected, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_the_fused_kernel_takes_it(steps, dtype):
     q, k, v, plan, sinks = make_case(steps, dtype=dtype, width=64, num_sinks=1)
+    q.requires_grad_()
     expected = sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # nothing else: it would raise
         assert torch.equal(sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks), expected)

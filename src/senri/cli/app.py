@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from senri import __version__
-from senri.cli import ask, chat, convert, demo, eval, inspect, read, train
+from senri.cli import ask, bench, chat, convert, demo, eval, inspect, read, train
 from senri.cli.common import warn
 
 app = typer.Typer(
@@ -51,7 +51,7 @@ def _speaks_when_interrupted(command: Callable[..., None]) -> Callable[..., None
     return wrapped
 
 
-for module in (read, ask, chat, inspect, convert, demo, train, eval):
+for module in (read, ask, chat, inspect, convert, demo, train, eval, bench):
     app.command(name=module.NAME)(_speaks_when_interrupted(module.command))
 
 

@@ -39,19 +39,20 @@ def command(
 
     Ctrl-C stops; the same command goes on.
     """
-    _check_packages()
+    check_packages(NAME)
     if compare is not None:
         compare_runs(*compare, output)
     else:
         run(ConfigManager(), output)
 
 
-def _check_packages() -> None:
+def check_packages(command: str) -> None:
+    """Raises ValueError where a package that reports are drawn with is missing."""
     try:
         import matplotlib  # noqa: F401
         import scipy  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"senri eval needs {error.name}: pip install 'senri[eval]'") from None
+        raise ValueError(f"senri {command} needs {error.name}: pip install 'senri[eval]'") from None
 
 
 def compare_runs(a: Path, b: Path, output: Path | None) -> None:

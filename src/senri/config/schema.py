@@ -26,6 +26,12 @@ RulerTask = Literal[
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
     "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe",
 ]  # fmt: skip
+Measurement = Literal[
+    "reading", "batch", "decoding", "memory", "training", "features", "conversion", "load", "peers",
+]  # fmt: skip
+Peer = Literal[
+    "full_attention", "streaming_window", "llama_cpp", "infini_transformer_pytorch", "titans_pytorch",
+]  # fmt: skip
 LMKind = Literal["pythia", "infini", "multi_memory", "hierarchical"]
 BabiTask = Literal["qa1", "qa2", "qa3", "qa4", "qa5", "qa6", "qa7", "qa8", "qa9", "qa10"]
 
@@ -285,6 +291,22 @@ class EvaluationConfig(Section):
     babilong: BabilongConfig
 
 
+class BenchmarkConfig(Section):
+    """`benchmark` of experiment.yaml."""
+
+    measurements: Annotated[tuple[Measurement, ...], Field(min_length=1)]
+    lengths: Counts
+    repeats: Positive
+    batch_sizes: Counts
+    batch_length: Positive
+    decoding_after: Counts
+    decoding_tokens: Positive
+    training_length: Positive
+    peers: tuple[Peer, ...]
+    peer_lengths: Counts
+    llama_cpp_python: Text | None
+
+
 class LMModelConfig(Section):
     """`transformer_lm.model` of experiment.yaml: of all four models."""
 
@@ -446,5 +468,6 @@ class ExperimentConfig(Section):
     calibration: CalibrationConfig
     demo: DemoConfig
     evaluation: EvaluationConfig
+    benchmark: BenchmarkConfig
     transformer_lm: TransformerLMConfig
     lagged_cache: LaggedCacheConfig

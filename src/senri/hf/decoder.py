@@ -174,8 +174,9 @@ class SenriDecoderLayer(nn.Module):
         what the memory writes; ``shared``: that of the layer whose memory this one only reads.
         """
         if can_fuse(self, hidden):
-            hidden, normed, state = fused(self, hidden, state, plan)
-            return hidden, None if self.memory is None else normed, state, shared if self.shares else None
+            hidden, normed, new_state = fused(self, hidden, state, plan)
+            waits = self.memory is not None and state.memory is not None
+            return hidden, normed if waits else None, new_state, shared if self.shares else None
         normed = self.input_layernorm(hidden)
         read, weight, added, memory_state, waiting = None, None, None, state.memory, None
         if self.memory is not None and state.memory is not None:

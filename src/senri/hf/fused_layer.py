@@ -7,24 +7,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from senri.layers import packs
 
 if TYPE_CHECKING:
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
     from senri.hf.cache import LayerState
     from senri.hf.decoder import AttentionPlan, SenriDecoderLayer
 
 
 def can_fuse(layer: SenriDecoderLayer, hidden: Tensor) -> bool:
     """Whether :func:`fused` computes this layer: plain projections (no LoRA), no memory that reads into it."""
-    if not packs(hidden) or layer.training or layer.hidden_act != "silu":
+    if layer.hidden_act != "silu" or (layer.training and layer.self_attn.dropout):
+        return False
+    if layer.memory is not None and layer.memory.readout != "head":
         return False
     projections = (*_attention(layer), *_mlp(layer))
-    return (layer.memory is None or layer.memory.readout == "head") and all(type(p) is nn.Linear for p in projections)
+    if not all(type(p) is nn.Linear for p in projections):
+        return False
+    trained = torch.is_grad_enabled() and any(
+        p.requires_grad for name, p in layer.named_parameters() if not name.startswith("memory.")
+    )
+    return not trained and packs(hidden)
 
 
 def fused(
@@ -34,7 +39,7 @@ def fused(
     q_proj, k_proj, v_proj, o_proj = _attention(layer)
     gate_proj, up_proj, down_proj = _mlp(layer)
     attention, packed = layer.self_attn, layer.packed
-    normed = _norm(layer.input_layernorm, hidden)
+    normed = layer.input_layernorm(hidden)
     raw = packed.get("qkv", q_proj, k_proj, v_proj)(normed).unflatten(-1, (-1, attention.head_dim))
     num_keys = k_proj.out_features // attention.head_dim
     turned = rotated(raw[:, :, :-num_keys], *plan.rotary)
@@ -42,7 +47,7 @@ def fused(
     q, k = turned.transpose(1, 2).split([raw_q.shape[1], num_keys], 1)
     read, state = attention.attend(q, k, v, raw_q, raw_k, state, plan)
     hidden = packed.get("o", o_proj).plus(read.reshape(*hidden.shape[:2], -1), hidden)
-    inner = _norm(layer.post_attention_layernorm, hidden)
+    inner = layer.post_attention_layernorm(hidden)
     gate = packed.get("gate", gate_proj).silu(inner)
     inner = packed.get("up", up_proj).times(inner, gate)
     return packed.get("down", down_proj).plus(inner, hidden), normed, state
@@ -55,10 +60,6 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out
-
-
-def _norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _attention(layer: SenriDecoderLayer) -> tuple[nn.Linear, nn.Linear, nn.Linear, nn.Linear]:

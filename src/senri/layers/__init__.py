@@ -1,7 +1,7 @@
 """Modules built from plain numbers: exact local attention and the memory that reads what left it."""
 
 from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate, Writing, taps_of
-from senri.layers.packed_linear import PackedLinear, PackedWeights, packs
+from senri.layers.packed_linear import PackedLinear, PackedWeights, packs, wants_gradients
 from senri.layers.sinks import NewSinks, Sinks, new_sinks, sinks_behind
 from senri.layers.sliding_window import WindowPlan, best_block_size, sliding_window_attention, window_plan
 
@@ -22,5 +22,6 @@ __all__ = [
     "sinks_behind",
     "sliding_window_attention",
     "taps_of",
+    "wants_gradients",
     "window_plan",
 ]

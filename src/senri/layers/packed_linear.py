@@ -10,12 +10,17 @@ from torch import Tensor, nn
 _OPS = torch.ops.mkldnn  # what torch.compile's freezing calls, too
 
 
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether autograd would follow an operation on them."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def packs(x: Tensor) -> bool:
-    """Whether products with ``x`` are faster by :class:`PackedLinear`: bfloat16 on a CPU, without gradients."""
+    """Whether products of ``x`` and frozen weights go by :class:`PackedLinear`: bfloat16 on a CPU, no gradients."""
     return (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        and not wants_gradients(x)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()

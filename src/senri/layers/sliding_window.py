@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from senri.layers.packed_linear import wants_gradients
 from senri.layers.sinks import Sinks, join, with_scores
 
 # Queries of one attention call, speed knobs on a CPU: the fused kernel at W = 1024 is 1.45x as fast as with 1024, the
@@ -103,7 +104,7 @@ def sliding_window_attention(
     Returns:
         ``[B, H, T, D]``.
     """
-    if _makes_products(q) and not dropout and plan:
+    if _makes_products(q) and not wants_gradients(q, k, v, *(sinks or ())) and not dropout and plan:
         if plan[0].early is not None:
             return _by_products(q, k, v, plan, scale, sinks)
         if q.shape[2] == 1 and plan[0].mask is None:
@@ -138,12 +139,12 @@ def sliding_window_attention(
 
 def best_block_size(x: Tensor, *, padded: bool) -> int:
     """Queries of a block that attention of tensors like ``x`` is fastest with."""
-    return PRODUCTS_BLOCK if not padded and _makes_products(x) else BLOCK
+    return PRODUCTS_BLOCK if not padded and _makes_products(x) and not torch.is_grad_enabled() else BLOCK
 
 
 def _makes_products(x: Tensor) -> bool:
     """Whether attention without padding is computed by :func:`_by_products`."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Sinks | None) -> Tensor:

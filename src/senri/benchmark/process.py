@@ -1,0 +1,125 @@
+"""One row in a process of its own, so that its peak of memory, its caches and its threads are its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from senri.benchmark.plan import Spec
+
+EVERY = 0.01  # seconds between two looks at the memory
+SHOWN = 10.0  # seconds between two words on how far a row is
+PROGRESS = "progress: "
+
+
+class LeftOut(ValueError):
+    """A row that cannot be had on this machine; the message says why."""
+
+
+class Peak:
+    """Largest resident memory of this process between enter and exit, sampled every 5 ms."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while True:
+            self.bytes = max(self.bytes, process.memory_info().rss)
+            if self._stop.wait(0.005):
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def run_row(spec: Spec, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure one row. To what it says come ``process_peak_bytes``, of all its time, and ``wall_seconds``.
+
+    Args:
+        show: called now and then with how far it is.
+
+    Raises:
+        LeftOut: the row cannot be had here.
+        ValueError: the measurement failed, with its last word.
+    """
+    command = [sys.executable, "-m", "senri.benchmark.measure", json.dumps(spec)]
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        out, err = Path(scratch) / "out", Path(scratch) / "err"
+        with open(out, "wb") as stdout, open(err, "wb") as stderr:
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=_environment())
+            try:
+                peak = _watch(process, err, show)
+            finally:
+                _end(process)
+        printed = out.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [line for line in _lines(err) if not line.startswith(PROGRESS)]
+    if process.returncode or not printed:
+        reason = said[-1] if said else f"it ended with status {process.returncode}"
+        raise ValueError(f"{spec['key']}: {reason.removeprefix('senri: ')}")
+    row = json.loads(printed[-1])
+    if "left_out" in row:
+        raise LeftOut(row["left_out"])
+    return {**row, "process_peak_bytes": peak, "wall_seconds": time.perf_counter() - started}
+
+
+def _environment() -> dict[str, str]:
+    """This package, wherever the command stands."""
+    source = str(Path(__file__).resolve().parents[2])
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _watch(process: subprocess.Popen[bytes], err: Path, show: Callable[[str], None]) -> int:
+    """Until it has ended; its largest resident memory."""
+    peak, shown, said = 0, time.monotonic(), ""
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            peak = max(peak, watched.memory_info().rss)
+        except psutil.Error:  # it ended between two looks
+            break
+        if time.monotonic() - shown > SHOWN:
+            shown = time.monotonic()
+            done = [line.removeprefix(PROGRESS) for line in _lines(err) if line.startswith(PROGRESS)]
+            if done and done[-1] != said:
+                said = done[-1]
+                show(said)
+        time.sleep(EVERY)
+    process.wait()
+    return peak
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def say_progress(text: str) -> None:
+    """From within a row: how far it is."""
+    print(PROGRESS + text, file=sys.stderr, flush=True)
