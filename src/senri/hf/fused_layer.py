@@ -36,6 +36,9 @@ def fused(
     layer: SenriDecoderLayer, hidden: Tensor, state: LayerState, plan: AttentionPlan
 ) -> tuple[Tensor, Tensor, LayerState]:
     """``hidden`` ``[B, T, hidden]`` -> the layer's output, its normalised input, and the state with the new window."""
+    if torch.is_autocast_enabled("cpu"):  # all is bfloat16 here: it would only round what is meant to be float32
+        with torch.autocast("cpu", enabled=False):
+            return fused(layer, hidden, state, plan)
     q_proj, k_proj, v_proj, o_proj = _attention(layer)
     gate_proj, up_proj, down_proj = _mlp(layer)
     attention, packed = layer.self_attn, layer.packed

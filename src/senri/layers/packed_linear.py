@@ -21,7 +21,6 @@ def packs(x: Tensor) -> bool:
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and not wants_gradients(x)
-        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
     )
