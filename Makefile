@@ -1,13 +1,14 @@
 # A fresh clone needs nothing but Python 3.11+ and make: every target sets up .venv by itself.
 PYTHON ?= python3
 VENV := .venv
+LLAMA := .venv-llama
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.setup
 # Two workers on two cores: one thread each, or they would oversubscribe.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup test test-slow lint demo demo-full clean
+.PHONY: setup test test-slow lint demo demo-full bench-llama clean
 
 setup: $(STAMP)
 
@@ -38,6 +39,16 @@ demo: $(STAMP)
 
 demo-full: $(STAMP)
 	$(BIN)/senri demo --full
+
+# llama.cpp, which `senri bench` compares with (benchmark.llama_cpp_python): an environment of its own, compiled for this
+# machine's processor, which takes a while.
+bench-llama: $(LLAMA)/.setup
+
+$(LLAMA)/.setup: Makefile
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		--no-binary llama-cpp-python -C cmake.define.LLAVA_BUILD=OFF llama-cpp-python==0.3.36
+	@touch $@
 
 # Keeps .venv (big to fetch again) and runs/ (results), but sets up anew next time.
 clean:

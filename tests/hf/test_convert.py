@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import senri
-from senri.hf.base import _find_gguf, load_tokenizer, resolve_dtype
+from senri.hf.base import find_gguf, load_tokenizer, resolve_dtype
 from senri.hf.convert import convert_qwen_to_senri, convert_to_senri
 
 OPTIONS = {"sliding_window_size": 16, "num_memory_layers": 1, "first_memory_layer": 1}
@@ -107,7 +107,7 @@ def test_a_path_without_a_model(tmp_path):
     with pytest.raises(ValueError, match="cannot load a model from") as caught:
         convert_to_senri(tmp_path / "no-such-folder")
     assert "\n" not in str(caught.value)
-    for damaged in (b"", b"GGUF", b"MZ" * 100, _find_gguf().read_bytes()[:1_000_000]):
+    for damaged in (b"", b"GGUF", b"MZ" * 100, find_gguf().read_bytes()[:1_000_000]):
         (tmp_path / "a.gguf").write_bytes(damaged)
         with pytest.raises(ValueError, match="cannot load a model from") as caught:
             convert_to_senri(tmp_path / "a.gguf")

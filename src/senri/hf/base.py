@@ -187,7 +187,7 @@ def base_directory() -> Path:
     Raises:
         ValueError: the package that ships the model is not installed.
     """
-    gguf = _find_gguf()
+    gguf = find_gguf()
     with open(gguf, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     target = platformdirs.user_cache_path("senri") / f"{BASE_NAME}-{digest}"
@@ -215,7 +215,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _find_gguf() -> Path:
+def find_gguf() -> Path:
+    """The file in which pip ships the base model.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
     spec = importlib.util.find_spec(_PACKAGE)  # not imported: that would need llama.cpp
     if spec is None or spec.origin is None:
         raise ValueError(f"the base model is not installed: run {_INSTALL}")
