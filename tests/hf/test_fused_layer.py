@@ -9,7 +9,9 @@ import torch
 import senri.hf.decoder as decoder
 from senri.hf.fused_layer import can_fuse, rotated
 from senri.layers import PackedLinear
+from senri.layers.packed_linear import has_products
 
+pytestmark = pytest.mark.skipif(not has_products(), reason="a processor without bfloat16 products")
 STEPS = 40
 HEAD = {"memory_readout": "head", "update_rule": "slot", "memory_context_size": 5, "sliding_window_size": 8}
 
@@ -132,3 +134,9 @@ def test_rotation_is_transformers_own():
     cos, sin = (f(torch.cat([angle, angle], -1)) for f in (torch.cos, torch.sin))
     expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
     torch.testing.assert_close(rotated(x, cos, sin).transpose(1, 2), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_in_inference_mode(half, tokens):
+    with torch.inference_mode():
+        model, exact = half()  # its weights have no version
+        assert error(logits(model, tokens(1, 20)), logits(exact, tokens(1, 20))) < 0.1

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _OPS = torch.ops.mkldnn  # what torch.compile's freezing calls, too
+
+
+@functools.cache
+def has_products() -> bool:
+    """Whether oneDNN computes bfloat16 products on this processor."""
+    return torch.backends.mkldnn.is_available() and bool(_OPS._is_mkldnn_bf16_supported())
 
 
 def wants_gradients(*tensors: Tensor) -> bool:
@@ -22,7 +29,7 @@ def packs(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and not wants_gradients(x)
         and not torch.compiler.is_compiling()
-        and torch.backends.mkldnn.is_available()
+        and has_products()
     )
 
 
@@ -66,7 +73,7 @@ class PackedWeights:
     def get(self, name: str, *layers: nn.Linear) -> PackedLinear:
         """The packed form of ``layers``, which always go by this name."""
         parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        version = [(p.data_ptr(), p._version) for p in parameters]
+        version = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
         made = self._made.get(name)
         if made is None or made[0] != version:
             made = self._made[name] = (version, PackedLinear(*layers))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from senri.layers.packed_linear import wants_gradients
+from senri.layers.packed_linear import has_products, wants_gradients
 from senri.layers.sinks import Sinks, join, with_scores
 
 # Queries of one attention call, speed knobs on a CPU: the fused kernel at W = 1024 is 1.45x as fast as with 1024, the
@@ -144,7 +144,7 @@ def best_block_size(x: Tensor, *, padded: bool) -> int:
 
 def _makes_products(x: Tensor) -> bool:
     """Whether attention without padding is computed by :func:`_by_products`."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_products()
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Sinks | None) -> Tensor:
