@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import senri.layers.sliding_window as sliding
 from senri.layers import Sinks, new_sinks, sinks_behind, sliding_window_attention, window_plan
+from senri.layers.attention_products import attention_by_products
 from senri.layers.sinks import with_scores
 
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
@@ -68,7 +69,7 @@ def streamed(q, k, v, window, num_sinks, padding, cuts, block_size, attention=sl
 
 
 def gradients(out, inputs):
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
     return torch.autograd.grad((out * weight).sum(), inputs)
 
 
@@ -89,34 +90,47 @@ def test_any_cut_is_the_plain_loop_in_outputs_and_gradients(data):
     block_size = draw(st.integers(1, 5))
     out = streamed(*inputs, window, num_sinks, padding, cuts, block_size)
     torch.testing.assert_close(out, expected, **EXACT)
-    for ours, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+    wanted = gradients(expected, inputs)
+    for ours, theirs in zip(gradients(out, inputs), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
-    if not any(padding):  # and by two products a block, where gradients are not wanted
-        with torch.no_grad():
-            out = streamed(*inputs, window, num_sinks, padding, cuts, block_size, always_by_products)
-        torch.testing.assert_close(out, expected.detach(), **EXACT)
+    if not any(padding):  # and by products
+        out = streamed(*inputs, window, num_sinks, padding, cuts, block_size, always_by_products)
+        torch.testing.assert_close(out, expected, **EXACT)
+        for ours, theirs in zip(gradients(out, inputs), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, **EXACT)
 
 
 def always_by_products(q, k, v, plan, *, scale, sinks):
     if plan[0].early is None:
         return sliding_window_attention(q, k, v, plan, scale=scale, sinks=sinks)
-    return sliding._by_products(q, k, v, plan, scale, sinks)
+    return attention_by_products(q, k, v, plan, scale, sinks)
 
 
-def test_half_precision_goes_by_products_unless_gradients_are_wanted(monkeypatch):
+def test_half_precision_goes_by_products(monkeypatch):
     calls = []
     monkeypatch.setattr(sliding, "has_products", lambda: True)
-    monkeypatch.setattr(sliding, "_by_products", lambda q, *rest: calls.append(q.dtype) or q)
+    monkeypatch.setattr(sliding, "attention_by_products", lambda q, *rest: calls.append(q.dtype) or q)
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v, plan, sinks = make_case(dtype=dtype)
         sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
         sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks, dropout=0.5)
-        for wanted in (q, k, sinks.values):
+        with torch.autocast("cpu", torch.bfloat16):
             sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
-            wanted.requires_grad_()
-            sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
-            wanted.requires_grad_(False)
-    assert calls == [torch.bfloat16] * 4
+    assert calls == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_gradients_by_products_in_half_precision(steps):
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        q, k, v, plan, sinks = make_case(steps, dtype=torch.bfloat16, width=64, num_sinks=1)
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, *sinks)]
+        plan = window_plan(steps, 3, 4, None, q.device, plan[0].mask.new_ones(2, steps, 1)) if steps > 1 else plan
+        out = always_by_products(*inputs[:3], plan, scale=0.1, sinks=Sinks(*inputs[3:]))
+        found.append([out, *gradients(out, inputs)])
+    for ours, exact in zip(*found, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - exact).norm() < 0.02 * exact.norm()
 
 
 def make_case(steps=5, window=4, num_sinks=2, dtype=torch.float64, width=8):
@@ -146,7 +160,7 @@ def test_gradients_of_the_sinks_themselves(steps):
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
-def test_half_precision_keeps_a_large_score():
+def test_half_precision_keeps_a_large_score(monkeypatch):
     q, k, v, plan, sinks = make_case(dtype=torch.bfloat16, width=64)
     sinks = sinks._replace(queries=sinks.queries + 8, keys=sinks.keys + 1)  # scores far from 0, as a real sink's
     exact = torch.einsum("bhtd,bhsd->bhts", sinks.queries.double(), sinks.keys.double().repeat_interleave(3, 1))
@@ -154,7 +168,7 @@ def test_half_precision_keeps_a_large_score():
     assert exact.abs().min() > 100
     assert ((coarse + rest) / exact - 1).abs().max() < 2e-5
     assert (coarse / exact - 1).abs().max() > 1e-3, "one part would have done"
-    q.requires_grad_()  # the fused kernel; without gradients scores are rounded
+    monkeypatch.setattr(sliding, "_makes_products", lambda _: False)  # there scores are rounded
     out = sliding_window_attention(q, k, v, plan, scale=0.02, sinks=sinks)
     assert out.dtype == torch.bfloat16
     doubles, sinks = [x.detach().double() for x in (q, k, v)], Sinks(*(x.double() for x in sinks))
@@ -165,9 +179,9 @@ def test_half_precision_keeps_a_large_score():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_the_fused_kernel_takes_it(steps, dtype):
+def test_the_fused_kernel_takes_it(steps, dtype, monkeypatch):
+    monkeypatch.setattr(sliding, "_makes_products", lambda _: False)
     q, k, v, plan, sinks = make_case(steps, dtype=dtype, width=64, num_sinks=1)
-    q.requires_grad_()
     expected = sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # nothing else: it would raise
         assert torch.equal(sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks), expected)

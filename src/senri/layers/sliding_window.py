@@ -4,36 +4,17 @@ Shapes: ``B`` batch, ``H`` query heads, ``Hkv`` key heads, ``G = H / Hkv``, ``T`
 W - 1), ``S`` sinks, ``D`` head width. Query ``t`` attends to keys ``(t - W, t]``, and to the sinks behind them.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from senri.layers.attention_products import Block, WindowPlan, attention_by_products
 from senri.layers.packed_linear import has_products, wants_gradients
 from senri.layers.sinks import Sinks, join, with_scores
 
 # Queries of one attention call, speed knobs on a CPU: the fused kernel at W = 1024 is 1.45x as fast as with 1024, the
-# products of :func:`_by_products` do best while a block's scores stay in the processor's cache.
+# products of ``attention_products.py`` do best while a block's scores stay in the processor's cache.
 BLOCK, PRODUCTS_BLOCK = 256, 64
-
-
-class Block(NamedTuple):
-    """One attention call: queries ``[start, stop)``, keys ``[first, last)``, before them the sinks if any is behind."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    mask: Tensor | None  # [B or 1, 1, stop - start, (S +) last - first] bool; None: see is_causal
-    is_causal: bool
-    sinks: bool  # whether a query of the block sees any
-    # Without padding: which of the first and of the last keys are hidden, [stop - start, n] bool; between them none is.
-    early: Tensor | None = None
-    late: Tensor | None = None
-
-
-WindowPlan = list[Block]
 
 
 def window_plan(
@@ -104,10 +85,12 @@ def sliding_window_attention(
     Returns:
         ``[B, H, T, D]``.
     """
-    if _makes_products(q) and not wants_gradients(q, k, v, *(sinks or ())) and not dropout and plan:
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if _makes_products(q) and not dropout and plan:
         if plan[0].early is not None:
-            return _by_products(q, k, v, plan, scale, sinks)
-        if q.shape[2] == 1 and plan[0].mask is None:
+            return attention_by_products(q, k, v, plan, scale, sinks)
+        if q.shape[2] == 1 and plan[0].mask is None and not wants_gradients(q, k, v, *(sinks or ())):
             return _one_query(q, k, v, scale, sinks if plan[0].sinks else None)
     heads, head_dim, groups = *q.shape[1::2], q.shape[1] // k.shape[1]
     wide = with_scores(q, sinks) if sinks is not None and any(block.sinks for block in plan) else q
@@ -139,12 +122,14 @@ def sliding_window_attention(
 
 def best_block_size(x: Tensor, *, padded: bool) -> int:
     """Queries of a block that attention of tensors like ``x`` is fastest with."""
-    return PRODUCTS_BLOCK if not padded and _makes_products(x) and not torch.is_grad_enabled() else BLOCK
+    return PRODUCTS_BLOCK if not padded and _makes_products(x) else BLOCK
 
 
 def _makes_products(x: Tensor) -> bool:
-    """Whether attention without padding is computed by :func:`_by_products`."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_products()
+    """Whether attention of tensors like ``x`` without padding goes by products."""
+    if x.device.type != "cpu" or not has_products():
+        return False
+    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Sinks | None) -> Tensor:
@@ -161,52 +146,3 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Sinks | Non
     weights = torch.cat([behind, scores], -1).softmax(-1)
     read = torch.bmm(weights[..., behind.shape[-1] :], values)
     return torch.baddbmm(read, weights[..., : behind.shape[-1]], rows(sinks.values)).view_as(q)
-
-
-def _by_products(q: Tensor, k: Tensor, v: Tensor, plan: WindowPlan, scale: float, sinks: Sinks | None) -> Tensor:
-    """:func:`sliding_window_attention` by two matrix products a block and key head, with the softmax in place between.
-
-    PyTorch's fused kernel makes no use of a processor's bfloat16 products, which are several times as fast. Scores are
-    rounded to bfloat16, as in transformers' eager attention. No batched products: they would copy parts of a tensor.
-    """
-    (batch, kv_heads), (steps, head_dim) = k.shape[:2], q.shape[2:]
-    groups, num_sinks = q.shape[1] // kv_heads, 0 if sinks is None else sinks.keys.shape[2]
-
-    def rows(x: Tensor) -> Tensor:  # [B, H, T, D] -> [B * Hkv, T * G, D]
-        return x.unflatten(1, (kv_heads, groups)).transpose(2, 3).reshape(batch * kv_heads, steps * groups, -1)
-
-    def with_room(x: Tensor) -> Tensor:  # [B, Hkv, P + T, D] -> [B * Hkv, S + P + T, D], the first ones for the sinks
-        return F.pad(x, (0, 0, num_sinks, 0)).flatten(0, 1)
-
-    query, keys, values = rows(q * scale), with_room(k).mT, with_room(v)
-    if sinks is not None:
-        full = torch.promote_types(q.dtype, torch.float32)
-        sink_scores = rows(sinks.queries * scale).to(full) @ sinks.keys.flatten(0, 1).to(full).mT
-        sink_values = sinks.values.flatten(0, 1)
-    out = torch.empty_like(query)
-    room = query.new_empty(max(groups * (b.stop - b.start) * (num_sinks + b.last - b.first) for b in plan))
-    for block in plan:
-        part = slice(block.start * groups, block.stop * groups)
-        seen = num_sinks if block.sinks else 0
-        # where a sink goes stands a key that left the window of this block's queries, and of all later ones
-        span = slice(num_sinks - seen + block.first, num_sinks + block.last)
-        scores = room[: (part.stop - part.start) * (span.stop - span.start)].view(part.stop - part.start, -1)
-        by_query = scores.unflatten(0, (-1, groups))
-        assert block.early is not None
-        assert block.late is not None
-        early, late = block.early[:, None], block.late[:, None]
-        first = by_query[..., seen : seen + early.shape[-1]]
-        last = by_query[..., by_query.shape[-1] - late.shape[-1] :]
-        for row in range(batch * kv_heads):
-            torch.mm(query[row, part], keys[row, :, span], out=scores)
-            first.masked_fill_(early, -torch.inf)
-            last.masked_fill_(late, -torch.inf)
-            if seen:
-                assert block.mask is not None
-                hidden = ~block.mask[row // kv_heads, 0, :, None, :seen]
-                score = sink_scores[row, part].unflatten(0, (-1, groups))
-                by_query[..., :seen] = score.masked_fill(hidden, -torch.inf)
-                values[row, span.start : span.start + seen] = sink_values[row]
-            torch.softmax(scores, -1, out=scores)
-            torch.mm(scores, values[row, span], out=out[row, part])
-    return out.view(batch, kv_heads, steps, groups, head_dim).transpose(2, 3).flatten(1, 2)
