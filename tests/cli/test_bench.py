@@ -141,7 +141,7 @@ def test_slips_in_the_configuration(senri, bench, changes, pattern):
     ("python", "pattern"),
     [
         ("nowhere/python", r"benchmark\.llama_cpp_python of experiment\.yaml: nowhere/python cannot be run"),
-        (sys.executable, r"benchmark\.llama_cpp_python of experiment\.yaml: \S+ has no llama_cpp: \S+ -m pip install"),
+        (sys.executable, r"benchmark\.llama_cpp_python of experiment\.yaml: \S+ has no llama_cpp: `make bench-llama`"),
     ],
 )
 def test_a_python_without_llama_cpp(senri, bench, one_line, python, pattern):

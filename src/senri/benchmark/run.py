@@ -75,7 +75,7 @@ def check(settings: Settings) -> list[str]:
     except OSError as error:
         raise ValueError(f"{place} cannot be run ({error.strerror}): name a Python, or null") from None
     if found.returncode:
-        raise ValueError(f"{place} has no llama_cpp: {python} -m pip install llama-cpp-python, or set it to null")
+        raise ValueError(f"{place} has no llama_cpp: `make bench-llama` makes one that has, or set it to null")
     return []
 
 
