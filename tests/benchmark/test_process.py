@@ -99,8 +99,12 @@ def test_ctrl_c_ends_the_process(pretend, monkeypatch):
     started = []
     end = process._end
     monkeypatch.setattr(process, "_end", lambda p: (started.append(p), end(p)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us with it ignored
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_row({"key": "k"})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_row({"key": "k"})
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert started[0].poll() is not None
