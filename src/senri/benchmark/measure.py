@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from senri.benchmark.plan import Spec
-from senri.benchmark.process import LeftOut
+from senri.benchmark.process import LeftOut, process_peak
 
 HOMES = {
     "bounds": "rows",
@@ -35,7 +35,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     """
     name = spec["measurement"]
     row = getattr(importlib.import_module(f"senri.benchmark.{HOMES[name]}"), name)(spec)
-    return {"key": spec["key"], "measurement": name, **row}
+    return {"key": spec["key"], "measurement": name, **row, "process_peak_bytes": process_peak()}
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ import psutil
 
 from senri.benchmark.plan import Spec
 
-EVERY = 0.01  # seconds between two looks at the memory
 SHOWN = 10.0  # seconds between two words on how far a row is
 PROGRESS = "progress: "
 
@@ -28,28 +28,36 @@ class LeftOut(ValueError):
 
 
 class Peak:
-    """Largest resident memory of this process between enter and exit, sampled every 5 ms."""
+    """Largest resident memory of this process between enter and exit, as the kernel keeps it: no thread that looks,
+    which would take a core from what is measured. Elsewhere than on Linux: what is resident at the end.
+    """
+
+    highest = 0  # of what was forgotten at each beginning
 
     def __enter__(self) -> Peak:
-        self.bytes, self._stop = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
+        self.bytes, Peak.highest = 0, process_peak()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, see proc(5)
         return self
 
-    def _watch(self) -> None:
-        process = psutil.Process()
-        while True:
-            self.bytes = max(self.bytes, process.memory_info().rss)
-            if self._stop.wait(0.005):
-                return
-
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self.bytes = _high_water()
+
+
+def process_peak() -> int:
+    """Largest resident memory of this process since its start, in bytes; elsewhere than on Linux: what is resident."""
+    return max(Peak.highest, _high_water())
+
+
+def _high_water() -> int:
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])  # type: ignore[index]
+    return psutil.Process().memory_info().rss
 
 
 def run_row(spec: Spec, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Measure one row. To what it says come ``process_peak_bytes``, of all its time, and ``wall_seconds``.
+    """Measure one row. To what it says comes ``wall_seconds``.
 
     Args:
         show: called now and then with how far it is.
@@ -65,7 +73,7 @@ def run_row(spec: Spec, show: Callable[[str], None] = lambda text: None) -> dict
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=_environment())
             try:
-                peak = _watch(process, err, show)
+                _watch(process, err, show)
             finally:
                 _end(process)
         printed = out.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -76,7 +84,7 @@ def run_row(spec: Spec, show: Callable[[str], None] = lambda text: None) -> dict
     row = json.loads(printed[-1])
     if "left_out" in row:
         raise LeftOut(row["left_out"])
-    return {**row, "process_peak_bytes": peak, "wall_seconds": time.perf_counter() - started}
+    return {**row, "wall_seconds": time.perf_counter() - started}
 
 
 def _environment() -> dict[str, str]:
@@ -86,24 +94,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _watch(process: subprocess.Popen[bytes], err: Path, show: Callable[[str], None]) -> int:
-    """Until it has ended; its largest resident memory."""
-    peak, shown, said = 0, time.monotonic(), ""
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
+def _watch(process: subprocess.Popen[bytes], err: Path, show: Callable[[str], None]) -> None:
+    """Until it has ended."""
+    said = ""
+    while True:
         try:
-            peak = max(peak, watched.memory_info().rss)
-        except psutil.Error:  # it ended between two looks
-            break
-        if time.monotonic() - shown > SHOWN:
-            shown = time.monotonic()
+            process.wait(SHOWN)
+            return
+        except subprocess.TimeoutExpired:
             done = [line.removeprefix(PROGRESS) for line in _lines(err) if line.startswith(PROGRESS)]
             if done and done[-1] != said:
                 said = done[-1]
                 show(said)
-        time.sleep(EVERY)
-    process.wait()
-    return peak
 
 
 def _lines(path: Path) -> list[str]:
