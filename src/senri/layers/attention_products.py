@@ -81,32 +81,49 @@ class _Walk:
         return self.query.new_empty(self.groups * max(sizes))
 
     def __iter__(self) -> Iterator[_Part]:
-        room = self.room()
-        for block in self.plan:
-            queries = slice(block.start * self.groups, block.stop * self.groups)
+        room, groups = self.room(), self.groups
+        sizes = [(block.stop - block.start) * groups for block in self.plan]
+        query = [row.split(sizes) for row in self.query.unbind()]
+        sinks = [row.split(sizes) for row in self._seen_sinks().unbind()] if self.num_sinks else []
+        for number, (block, count) in enumerate(zip(self.plan, sizes, strict=True)):
+            queries = slice(block.start * groups, block.stop * groups)
             seen = self.num_sinks if block.sinks else 0
             # where a sink goes stands a key that left the window of this block's queries, and of all later ones
             span = slice(self.num_sinks - seen + block.first, self.num_sinks + block.last)
-            count = queries.stop - queries.start
             weights = room[: count * (span.stop - span.start)].view(count, -1)
-            by_query = weights.unflatten(0, (-1, self.groups))
-            assert block.early is not None
-            assert block.late is not None
-            early, late = block.early[:, None], block.late[:, None]
-            first = by_query[..., seen : seen + early.shape[-1]]
-            last = by_query[..., by_query.shape[-1] - late.shape[-1] :]
-            for row in range(len(self.query)):
-                torch.mm(self.query[row, queries], self.keys[row, span].mT, out=weights)
-                first.masked_fill_(early, -torch.inf)
-                last.masked_fill_(late, -torch.inf)
+            early, late = (self._bias(hidden) for hidden in (block.early, block.late))
+            first = weights[:, seen : seen + early.shape[1]]
+            last = weights[:, weights.shape[1] - late.shape[1] :]
+            keys = self.keys[:, span].mT
+            for row in range(len(query)):
+                torch.mm(query[row][number], keys[row], out=weights)
+                first += early
+                last += late
                 if seen:
-                    assert block.mask is not None
-                    hidden = ~block.mask[row // self.kv_heads if len(block.mask) > 1 else 0, 0, :, None, :seen]
-                    score = self.sink_scores[row, queries].unflatten(0, (-1, self.groups))
-                    by_query[..., :seen] = score.masked_fill(hidden, -torch.inf)
+                    weights[:, :seen] = sinks[row][number]
                     self.values[row, span.start : span.start + seen] = self.sink_values[row]
                 torch.softmax(weights, -1, out=weights)
                 yield _Part(row, queries, slice(block.first, block.last), span, seen, weights)
+
+    def _bias(self, hidden: Tensor | None) -> Tensor:
+        """``[T', n]`` bool -> what is added to the scores of each query of the group, ``[T' * G, n]``."""
+        assert hidden is not None
+        bias = self.query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        return bias.repeat_interleave(self.groups, 0)
+
+    def _seen_sinks(self) -> Tensor:
+        """The sinks' scores ``[N, T * G, S]``, -inf where one is not seen."""
+        behind = [
+            block.mask[:, 0, :, : self.num_sinks]
+            if block.sinks and block.mask is not None
+            else torch.zeros(1, block.stop - block.start, self.num_sinks, dtype=torch.bool)
+            for block in self.plan
+        ]
+        seen = torch.cat([x.expand(self.batch, -1, -1) for x in behind], 1)
+        if seen.all():
+            return self.sink_scores
+        seen = seen[:, None, :, None].expand(-1, self.kv_heads, -1, self.groups, -1)
+        return self.sink_scores.masked_fill(~seen.reshape(self.sink_scores.shape), -torch.inf)
 
 
 class _Attention(torch.autograd.Function):
