@@ -1,8 +1,8 @@
 """What each fast path of Senri gives over the plain one, on the real base and a real text, in one run.
 
-``python benchmarks/kernels.py`` (some minutes on two idle cores, no options). Reading and decoding with the paths
+``python benchmarks/fast_paths.py`` (some minutes on two idle cores, no options). Reading and decoding with the paths
 switched on in turn, several rounds; and products of one token with weights of the model's shapes in each format that
-PyTorch has. Medians; the tables go to the terminal and to runs/benchmarks/kernels.json.
+PyTorch has. Medians; the tables go to the terminal and to runs/benchmarks/fast_paths.json.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
     folder = Path("runs/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    (folder / "kernels.json").write_text(json.dumps({**facts, "model": model, "products": formats}, indent=1))
+    (folder / "fast_paths.json").write_text(json.dumps({**facts, "model": model, "products": formats}, indent=1))
 
 
 if __name__ == "__main__":
