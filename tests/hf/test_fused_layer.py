@@ -64,6 +64,12 @@ def test_only_where_nothing_is_lost(half, tokens):
         layer.self_attn.dropout = 0.1
         assert can_fuse(layer, hidden)
         assert not can_fuse(layer.train(), hidden)
+        layer.eval()
+        for module in (layer.mlp, layer.self_attn, layer.self_attn.q_proj, layer.mlp.down_proj):
+            hook = module.register_forward_hook(lambda *_: None)
+            assert not can_fuse(layer, hidden), "the hook would not be called"
+            hook.remove()
+        assert can_fuse(layer, hidden)
         layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)  # as PEFT wraps it
         assert not can_fuse(layer, hidden)
         assert not can_fuse(half(memory_readout="layer")[0].model.layers[1], hidden)
@@ -100,6 +106,10 @@ def test_changed_weights_are_packed_anew(half, tokens):
         assert not torch.equal(changed, before)
         weight.mul_(0.5)
         assert torch.equal(logits(model, ids), before)
+    layer.self_attn.q_proj.weight.data += 0.1  # as PEFT merges LoRA: no version is raised
+    assert not torch.equal(logits(model, ids), before)
+    layer.self_attn.q_proj.weight.data -= 0.1
+    before = logits(model, ids)
     layer.mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros_like(layer.mlp.gate_proj.weight))
     assert not torch.equal(logits(model, ids), before)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from senri.benchmark.work import layer_shapes
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.modeling_senri import SenriForCausalLM
+from senri.layers.packed_linear import has_products
 
 ROUNDS = 15
 DTYPES = (torch.bfloat16, torch.float32)
@@ -59,18 +60,14 @@ def _linear(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 def _packed(pairs: list[tuple[Tensor, Tensor]], tokens: int) -> Callable[[], object] | None:
     """The products with weights in oneDNN's own layout, as ``torch.compile`` would freeze them."""
-    if not torch.backends.mkldnn.is_available():
+    if not has_products():
         return None
-    try:
-        ready = [(x, torch.ops.mkldnn._reorder_linear_weight(weight, tokens)) for x, weight in pairs]
+    ready = [(x, torch.ops.mkldnn._reorder_linear_weight(weight, tokens)) for x, weight in pairs]
 
-        def run() -> None:
-            for x, weight in ready:
-                torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    def run() -> None:
+        for x, weight in ready:
+            torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
-        run()
-    except (RuntimeError, AttributeError, NotImplementedError):  # private operators: not in every build
-        return None
     return run
 
 

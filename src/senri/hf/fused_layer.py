@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from senri.layers import packs
+from senri.layers import is_plain, packs
 
 if TYPE_CHECKING:
     from senri.hf.cache import LayerState
@@ -23,8 +23,9 @@ def can_fuse(layer: SenriDecoderLayer, hidden: Tensor) -> bool:
         return False
     if layer.memory is not None and layer.memory.readout != "head":
         return False
-    projections = (*_attention(layer), *_mlp(layer))
-    if not all(type(p) is nn.Linear for p in projections):
+    if not is_plain(*_attention(layer), *_mlp(layer)):
+        return False
+    if any(x._forward_hooks or x._forward_pre_hooks for x in (layer.self_attn, layer.mlp)):  # not called as modules
         return False
     trained = torch.is_grad_enabled() and any(
         p.requires_grad for name, p in layer.named_parameters() if not name.startswith("memory.")

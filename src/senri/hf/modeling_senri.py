@@ -14,7 +14,7 @@ from senri.hf.cache import SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.model import SenriModel, SenriPreTrainedModel
 from senri.hf.session_mixin import SessionMixin
-from senri.layers import PackedWeights, packs, wants_gradients
+from senri.layers import PackedWeights, is_plain, packs, wants_gradients
 
 
 class _Rows:
@@ -85,7 +85,7 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if isinstance(kept, Tensor) or logits_to_keep:
             hidden = hidden[:, kept]
-        packed = packs(hidden) and type(self.lm_head) is nn.Linear and not wants_gradients(*self.lm_head.parameters())
+        packed = packs(hidden) and is_plain(self.lm_head) and not wants_gradients(*self.lm_head.parameters())
         logits = (self.packed.get("lm_head", self.lm_head) if packed else self.lm_head)(hidden)
         loss = None
         if labels is not None:

@@ -1,7 +1,7 @@
 """Modules built from plain numbers: exact local attention and the memory that reads what left it."""
 
 from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate, Writing, taps_of
-from senri.layers.packed_linear import PackedLinear, PackedWeights, packs, wants_gradients
+from senri.layers.packed_linear import PackedLinear, PackedWeights, is_plain, packs, wants_gradients
 from senri.layers.sinks import NewSinks, Sinks, new_sinks, sinks_behind
 from senri.layers.sliding_window import WindowPlan, best_block_size, sliding_window_attention, window_plan
 
@@ -17,6 +17,7 @@ __all__ = [
     "WriteGate",
     "Writing",
     "best_block_size",
+    "is_plain",
     "new_sinks",
     "packs",
     "sinks_behind",

@@ -85,9 +85,8 @@ def sliding_window_attention(
     Returns:
         ``[B, H, T, D]``.
     """
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if _makes_products(q) and not dropout and plan:
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()  # as autocast would
         if plan[0].early is not None:
             return attention_by_products(q, k, v, plan, scale, sinks)
         if q.shape[2] == 1 and plan[0].mask is None and not wants_gradients(q, k, v, *(sinks or ())):
@@ -129,7 +128,8 @@ def _makes_products(x: Tensor) -> bool:
     """Whether attention of tensors like ``x`` without padding goes by products."""
     if x.device.type != "cpu" or not has_products():
         return False
-    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
+    autocast = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
+    return (torch.get_autocast_dtype("cpu") if autocast else x.dtype) == torch.bfloat16
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Sinks | None) -> Tensor:
