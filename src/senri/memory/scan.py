@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from senri.memory import kernels
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
 from senri.memory.rules import (
     RULES,
@@ -292,22 +293,40 @@ def _scan(
         segment = segments(stream.valid, state.written, segment_size)
         memory = store.assign(stream.k.to(dtype), segment)
         whole = whole._replace(memory=memory, reading=store.reading(q.to(dtype), segment, num_heads, expand))
+    if store is None and kernels.suit(q, stream, whole.k.shape[-1], rule=rule, chunk_size=chunk_size):
+        out, M = kernels.delta(state.M, whole, q.dtype)
+        state = state._replace(M=M)
+    else:
+        cuts = sorted({*range(0, steps, chunk_size), *begins, steps})
+        out, state = _walk(whole, state, cuts, begins, eps, nothing, parameters)
+    out = out.permute(0, 3, 1, 2, 4).reshape(*q.shape[:3], stream.v.shape[-1])
+    return out, state._replace(written=written)
+
+
+def _walk(
+    whole: Chunk,
+    state: MemoryState,
+    cuts: list[int],
+    begins: dict[int, Tensor],
+    eps: float,
+    null: Tensor,
+    slot: SlotParameters,
+) -> tuple[Tensor, MemoryState]:
+    """Chunk by chunk, with PyTorch's own operations: output ``[B, H, G, T, Dv]``."""
     outputs = []
-    for start, stop, writes in _chunks(whole, sorted({*range(0, steps, chunk_size), *begins, steps}), begins):
+    for start, stop, writes in _chunks(whole, cuts, begins):
         part = slice(start, stop)
         chunk = whole.part(part)
         if start in begins:
             state = _begin_segment(state, begins[start])
         if writes:
-            out, state = _write_and_read(state, chunk, eps, nothing[:, :, :, part], parameters)
+            out, state = _write_and_read(state, chunk, eps, null[:, :, :, part], slot)
         else:
-            out = _read_only(state, chunk.q, chunk.reading, eps, nothing[:, :, :, part], parameters)
+            out = _read_only(state, chunk.q, chunk.reading, eps, null[:, :, :, part], slot)
         outputs.append(out)
-    state = state._replace(written=written)
     if not outputs:
-        return q.new_zeros(*q.shape[:3], stream.v.shape[-1]), state
-    out = torch.cat(outputs, dim=3)  # [B, H, G, T, Dv]
-    return out.permute(0, 3, 1, 2, 4).reshape(q.shape[0], steps, q.shape[2], -1), state
+        return whole.q.new_zeros(*whole.q.shape[:4], whole.v.shape[-1]), state
+    return torch.cat(outputs, dim=3), state
 
 
 def _begin_segment(state: MemoryState, rows: Tensor) -> MemoryState:
