@@ -114,7 +114,8 @@ def compare(tensors, state, dtype, **options):
         learnt = [*given.values(), *named_tensors(before).values()]
         learnt = [x.requires_grad_() for x in learnt if x.is_floating_point()]
         q, k, v = (given.pop(name) for name in "qkv")
-        out, after = fn(q, k, v, before, **given, **options)
+        here = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+        out, after = fn(q, k, v, before, **given, **here)
         grads = torch.autograd.grad(weigh(out, after), learnt, allow_unused=True)
         names = [n for n in [*tensors, *named_tensors(state)] if n not in ("mask", "written", "pending.valid")]
         found = {"out": out, **named_tensors(after)}
