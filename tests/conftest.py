@@ -62,14 +62,20 @@ def _make_base(family: str = "llama", dtype: torch.dtype = torch.float64, seed: 
     base = model(
         config(
             hidden_size=32,
-            intermediate_size=48,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=VOCABULARY,
             max_position_embeddings=256,
             initializer_range=0.2,  # logits that differ clearly, unlike 0.02's
-            **{"tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | fields,
+            **{
+                "intermediate_size": 48,
+                "tie_word_embeddings": True,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            }
+            | fields,
         )
     )
     with torch.no_grad():

@@ -106,17 +106,19 @@ def always_by_products(q, k, v, plan, *, scale, sinks):
     return attention_by_products(q, k, v, plan, scale, sinks)
 
 
-def test_half_precision_goes_by_products(monkeypatch):
+def test_what_goes_by_products(monkeypatch):
     calls = []
     monkeypatch.setattr(sliding, "has_products", lambda: True)
     monkeypatch.setattr(sliding, "attention_by_products", lambda q, *rest: calls.append(q.dtype) or q)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
         q, k, v, plan, sinks = make_case(dtype=dtype)
         sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
         sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks, dropout=0.5)
+        sliding_window_attention(q.clone().requires_grad_(), k, v, plan, scale=SCALE, sinks=sinks)
         with torch.autocast("cpu", torch.bfloat16):
             sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
-    assert calls == [torch.bfloat16] * 3
+    # float32 without gradients, and by autocast; bfloat16 with and without gradients, and under autocast
+    assert calls == [torch.float32, torch.bfloat16, *[torch.bfloat16] * 3]
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -168,7 +170,7 @@ def test_half_precision_keeps_a_large_score(monkeypatch):
     assert exact.abs().min() > 100
     assert ((coarse + rest) / exact - 1).abs().max() < 2e-5
     assert (coarse / exact - 1).abs().max() > 1e-3, "one part would have done"
-    monkeypatch.setattr(sliding, "_makes_products", lambda _: False)  # there scores are rounded
+    monkeypatch.setattr(sliding, "products_dtype", lambda _: None)  # there scores are rounded
     out = sliding_window_attention(q, k, v, plan, scale=0.02, sinks=sinks)
     assert out.dtype == torch.bfloat16
     doubles, sinks = [x.detach().double() for x in (q, k, v)], Sinks(*(x.double() for x in sinks))
@@ -180,7 +182,7 @@ def test_half_precision_keeps_a_large_score(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_the_fused_kernel_takes_it(steps, dtype, monkeypatch):
-    monkeypatch.setattr(sliding, "_makes_products", lambda _: False)
+    monkeypatch.setattr(sliding, "products_dtype", lambda _: None)
     q, k, v, plan, sinks = make_case(steps, dtype=dtype, width=64, num_sinks=1)
     expected = sliding_window_attention(q, k, v, plan, scale=SCALE, sinks=sinks)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # nothing else: it would raise

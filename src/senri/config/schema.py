@@ -16,6 +16,7 @@ MemoryGate = Literal["additive", "infini"]
 Store = Literal["single", "routed", "banks", "multi", "hierarchical"]
 RoutingBasis = Literal["identity", "hadamard", "random"]
 WriteGate = Literal["none", "hidden", "surprise"]
+DecodingWeights = Literal["auto", "full", "int4"]
 Trainable = Literal["memory", "memory+lora", "all"]
 SuiteName = Literal["niah", "recall_by_writes", "perplexity", "capacity", "reversal", "ruler", "babilong"]
 NiahTask = Literal[
@@ -79,6 +80,7 @@ class SenriOverrides(TypedDict, total=False):
     sliding_window_size: Positive
     num_sink_tokens: Count
     chunk_size: Positive
+    decoding_weights: DecodingWeights
     segment_size: Positive
     num_memory_layers: Count
     first_memory_layer: Count

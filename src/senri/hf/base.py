@@ -27,6 +27,7 @@ _FREE_FIELDS = (
     "sliding_window_size",
     "num_sink_tokens",
     "chunk_size",
+    "decoding_weights",
     "segment_size",
     "memory_num_slots",
     "routing",

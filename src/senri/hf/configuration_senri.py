@@ -47,6 +47,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "memory_readout": ("layer", "head"),
     "memory_gate": ("additive", "infini"),
     "write_gate": ("none", "hidden", "surprise"),
+    "decoding_weights": ("auto", "full", "int4"),
 }
 _AT_LEAST = {
     "sliding_window_size": 1,
@@ -108,6 +109,10 @@ class SenriConfig(LlamaConfig):
         memory_conv_size: taps of the short causal convolution on the memory's q, k, v; 0 for none.
         memory_context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none.
         write_gate: `none` | `hidden` | `surprise` (needs tied embeddings).
+        decoding_weights: for products with up to four tokens, on a CPU without gradients. `full`: as they are; `int4`:
+            the layers' in four bits, 32 to a scale, and of a float32 head a bfloat16 copy; `auto`: that in float32, if
+            the weights were made of four bits (a GGUF file in Q4_1) and nothing is lost. Saved and trained is what is
+            full. Products of four bits take bfloat16: what was computed token by token is no longer equal to 1e-4.
         qkv_bias: biases on the attention's q, k, v only (Qwen2).
 
     Raises:
@@ -119,6 +124,7 @@ class SenriConfig(LlamaConfig):
     sliding_window_size: int = 1024
     num_sink_tokens: int = 1
     chunk_size: int = 64
+    decoding_weights: str = "full"
     segment_size: int = 2048
     num_memory_layers: int = 2
     first_memory_layer: int = 10

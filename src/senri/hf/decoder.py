@@ -29,6 +29,7 @@ from senri.layers import (
     Sinks,
     WindowPlan,
     Writing,
+    append,
     sliding_window_attention,
 )
 from senri.memory import Banks, Hierarchical, Multi, Routed, Store, orthogonal_basis
@@ -126,16 +127,13 @@ class SenriAttention(nn.Module):
         and the state with the new window and sinks.
         """
         sinks = self._sinks(state, plan, raw_q, raw_k, v)
-        keys = torch.cat([state.keys, k], dim=2) if state.keys.shape[2] else k
-        values = torch.cat([state.values, v], dim=2) if state.values.shape[2] else v
+        keys, kept_keys = append(state.keys, k, self.window - 1)
+        values, kept_values = append(state.values, v, self.window - 1)
         dropout = self.dropout if self.training else 0.0
         out = sliding_window_attention(
             q, keys, values, plan.window, scale=self.head_dim**-0.5, dropout=dropout, sinks=sinks
         )
-        first = max(keys.shape[2] - (self.window - 1), 0)
-        new_state = state._replace(
-            keys=keys[:, :, first:], values=values[:, :, first:], sink_keys=sinks.keys, sink_values=sinks.values
-        )
+        new_state = state._replace(keys=kept_keys, values=kept_values, sink_keys=sinks.keys, sink_values=sinks.values)
         return out.transpose(1, 2), new_state
 
     def _sinks(self, state: LayerState, plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> Sinks:
@@ -160,6 +158,7 @@ class SenriDecoderLayer(nn.Module):
         self.shares = config.memory_sharing
         self.hidden_act = config.hidden_act
         self.packed = PackedWeights()
+        self.decoding_weights = config.decoding_weights
         self.memory = build_memory(config, layer_idx) if layer_idx in config.memory_layers else None
 
     def forward(
@@ -173,7 +172,7 @@ class SenriDecoderLayer(nn.Module):
         """Returns the new hidden states, the memory's input where the read-out waits for the head, the new state, and
         what the memory writes; ``shared``: that of the layer whose memory this one only reads.
         """
-        if can_fuse(self, hidden):
+        if can_fuse(self, hidden, plan):
             hidden, normed, new_state = fused(self, hidden, state, plan)
             waits = self.memory is not None and state.memory is not None
             return hidden, normed if waits else None, new_state, shared if self.shares else None

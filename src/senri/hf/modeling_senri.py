@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +13,18 @@ from transformers.utils.generic import can_return_tuple
 
 from senri.hf.cache import SenriCache
 from senri.hf.configuration_senri import SenriConfig
+from senri.hf.fused_layer import in_four_bits
 from senri.hf.model import SenriModel, SenriPreTrainedModel
 from senri.hf.session_mixin import SessionMixin
-from senri.layers import PackedWeights, is_plain, packs, wants_gradients
+from senri.layers import (
+    HalfLinear,
+    PackedLinear,
+    PackedWeights,
+    fuses,
+    is_plain,
+    packs,
+    wants_gradients,
+)
 
 
 class _Rows:
@@ -85,8 +95,7 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if isinstance(kept, Tensor) or logits_to_keep:
             hidden = hidden[:, kept]
-        packed = packs(hidden) and is_plain(self.lm_head) and not wants_gradients(*self.lm_head.parameters())
-        logits = (self.packed.get("lm_head", self.lm_head) if packed else self.lm_head)(hidden)
+        logits = self._head(hidden)(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -96,6 +105,16 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _head(self, hidden: Tensor) -> Callable[[Tensor], Tensor]:
+        """The language-model head in the form that is fastest for ``hidden`` ``[B, T, hidden]``."""
+        if not is_plain(self.lm_head) or wants_gradients(*self.lm_head.parameters()):
+            return self.lm_head
+        if packs(hidden):
+            return self.packed.get("lm_head", self.lm_head, make=PackedLinear)
+        if fuses(hidden) and in_four_bits(self.model.layers[-1], hidden) is not None:
+            return self.packed.get("half lm_head", self.lm_head, make=HalfLinear)
+        return self.lm_head
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers does, but positions are counted by the cache: they go on from what was read before."""

@@ -1,22 +1,46 @@
 """Modules built from plain numbers: exact local attention and the memory that reads what left it."""
 
+from senri.layers.append import append
 from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate, Writing, taps_of
-from senri.layers.packed_linear import PackedLinear, PackedWeights, is_plain, packs, wants_gradients
+from senri.layers.packed_linear import (
+    FEW,
+    GROUP,
+    OFF_LEVEL,
+    FrozenLinear,
+    HalfLinear,
+    Int4Linear,
+    PackedLinear,
+    PackedWeights,
+    PlainLinear,
+    fuses,
+    is_plain,
+    packs,
+    wants_gradients,
+)
 from senri.layers.sinks import NewSinks, Sinks, new_sinks, sinks_behind
 from senri.layers.sliding_window import WindowPlan, best_block_size, sliding_window_attention, window_plan
 
 __all__ = [
+    "FEW",
+    "GROUP",
+    "OFF_LEVEL",
+    "FrozenLinear",
+    "HalfLinear",
+    "Int4Linear",
     "MemoryAttention",
     "MemoryLayerState",
     "MemoryStream",
     "NewSinks",
     "PackedLinear",
     "PackedWeights",
+    "PlainLinear",
     "Sinks",
     "WindowPlan",
     "WriteGate",
     "Writing",
+    "append",
     "best_block_size",
+    "fuses",
     "is_plain",
     "new_sinks",
     "packs",

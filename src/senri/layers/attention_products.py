@@ -1,9 +1,9 @@
-"""Window attention by plain matrix products, for a processor that is fast at them in bfloat16.
+"""Window attention by plain matrix products, which a CPU does faster than PyTorch's fused kernel.
 
-PyTorch's fused kernel makes no use of a CPU's bfloat16 products, which are several times as fast. Here a block of
-queries is two products for each key head, with the softmax in place between them; backward, where the weights are made
-again, five. Scores are rounded to bfloat16, as in transformers' eager attention. No batched products: they would copy
-what is cut out of a tensor.
+The kernel makes no use of a CPU's bfloat16 products, which are several times as fast, and half of its float32 ones.
+Here a block of queries is two products for each key head, with the softmax in place between them; backward, where the
+weights are made again, five. Scores are rounded to the inputs' dtype, as in transformers' eager attention. No batched
+products: they would copy what is cut out of a tensor.
 
 Shapes as in ``sliding_window.py``; ``N = B * Hkv`` rows, each of ``T * G`` queries.
 """

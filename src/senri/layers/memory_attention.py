@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from senri.layers.append import append
 from senri.layers.context_attention import ContextAttention
 from senri.memory import Hierarchical, MemoryState, SlotParameters, Store, feature_dim, read, scan
 from senri.memory.alibi import alibi_log_alpha, alibi_slopes
@@ -408,17 +409,19 @@ class MemoryAttention(nn.Module):
             what to add: ``[B, T, hidden]`` (``mix``: the read itself, ``[B, T, H, D]``), and the new state.
         """
         steps = hidden.shape[1]
-        inputs = torch.cat([state.recent, hidden], dim=1)
+        inputs, recent = append(state.recent, hidden, state.recent.shape[1])
         past = steps + self.taps - 1
         if writing is None:
-            writing = self.writing(hidden, stream, state, embedding)
+            assert state.memory is not None
+            pairs = self._leaving(inputs, stream, steps, state.memory, embedding)
+            writing = Writing(pairs, state.memory, self._slot_of())
         pairs = writing.pairs
         out, memory = self.write_and_read(
             self._over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, writing.memory,
             beta=pairs.beta, log_alpha=pairs.log_alpha, mask=pairs.valid, null=self._null(hidden),
             expand=self._expand(hidden), slot=writing.slot,
         )  # fmt: skip
-        new_state = MemoryLayerState(memory if self.writes else None, inputs[:, steps:])
+        new_state = MemoryLayerState(memory if self.writes else None, recent)
         if self.readout == "mix":
             return out.to(hidden.dtype), new_state
         return self.read_out(hidden, out), new_state

@@ -85,8 +85,9 @@ def sliding_window_attention(
     Returns:
         ``[B, H, T, D]``.
     """
-    if _makes_products(q) and not dropout and plan:
-        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()  # as autocast would
+    dtype = products_dtype(q)
+    if dtype is not None and not dropout and plan:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)  # as autocast would
         if plan[0].early is not None:
             return attention_by_products(q, k, v, plan, scale, sinks)
         if q.shape[2] == 1 and plan[0].mask is None and not wants_gradients(q, k, v, *(sinks or ())):
@@ -121,28 +122,34 @@ def sliding_window_attention(
 
 def best_block_size(x: Tensor, *, padded: bool) -> int:
     """Queries of a block that attention of tensors like ``x`` is fastest with."""
-    return PRODUCTS_BLOCK if not padded and _makes_products(x) else BLOCK
+    return BLOCK if padded or products_dtype(x) is None else PRODUCTS_BLOCK
 
 
-def _makes_products(x: Tensor) -> bool:
-    """Whether attention of tensors like ``x`` without padding goes by products."""
-    if x.device.type != "cpu" or not has_products():
-        return False
+def products_dtype(x: Tensor) -> torch.dtype | None:
+    """In what dtype attention of tensors like ``x`` without padding goes by products; None: by PyTorch's kernel.
+
+    In float32 only without gradients: with them PyTorch's kernel is as fast.
+    """
+    if x.device.type != "cpu":
+        return None
     autocast = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
-    return (torch.get_autocast_dtype("cpu") if autocast else x.dtype) == torch.bfloat16
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if dtype == torch.bfloat16 and has_products():
+        return dtype
+    return dtype if dtype == torch.float32 and not wants_gradients(x) else None
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Sinks | None) -> Tensor:
     """:func:`sliding_window_attention` where there is one new token, which sees all keys and ``sinks``."""
-
-    def rows(x: Tensor) -> Tensor:  # [B, H, 1, D] -> [B * Hkv, G, D]
-        return x.reshape(len(k) * k.shape[1], -1, x.shape[-1])
-
-    query, keys, values = rows(q * scale), rows(k), rows(v)
-    scores = torch.bmm(query, keys.mT)
+    shape = len(k) * k.shape[1], -1, k.shape[-1]  # [B, H, 1, D] -> [B * Hkv, G, D]
+    values = v.reshape(shape)
+    scores = torch.bmm((q * scale).reshape(shape), k.reshape(shape).mT)
     if sinks is None:
         return torch.bmm(scores.softmax(-1), values).view_as(q)
-    behind = torch.bmm(rows(sinks.queries * scale), rows(sinks.keys).mT)
+    count = sinks.keys.shape[2]
+    behind = torch.bmm((sinks.queries * scale).reshape(shape), sinks.keys.reshape(shape).mT)
     weights = torch.cat([behind, scores], -1).softmax(-1)
-    read = torch.bmm(weights[..., behind.shape[-1] :], values)
-    return torch.baddbmm(read, weights[..., : behind.shape[-1]], rows(sinks.values)).view_as(q)
+    read = torch.bmm(weights[..., count:], values)
+    if count == 1:
+        return read.addcmul_(weights[..., :1], sinks.values.reshape(shape)).view_as(q)
+    return torch.baddbmm(read, weights[..., :count], sinks.values.reshape(shape)).view_as(q)
