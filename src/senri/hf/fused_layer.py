@@ -139,8 +139,8 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
     """What the layer's RMSNorm gives, in fewer operations."""
     if norm._forward_hooks or norm._forward_pre_hooks or x.dtype != torch.float32:
         return norm(x)
-    scale = x.square().mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()
-    return (x * scale).mul_(norm.weight)
+    scale = x.square().mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()  # type: ignore[arg-type]
+    return (x * scale).mul_(norm.weight)  # type: ignore[arg-type]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -62,5 +62,5 @@ def append(old: Tensor, new: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     room.buffer.data[..., end : end + steps, :] = new
     both = room.buffer[..., end - past : end + steps, :]
     kept = both[..., max(past + steps - keep, 0) :, :]
-    kept.senri_room = (room, end + steps)  # lost in any operation on it, as it should be
+    kept.senri_room = (room, end + steps)  # type: ignore[union-attr]  # lost in any operation on it, as it should be
     return both, kept
