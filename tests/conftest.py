@@ -11,7 +11,7 @@ from hypothesis import settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from senri.hf.base import base_directory
-from senri.hf.convert import convert_to_senri
+from senri.hf.convert import convert_to_senri, is_added
 
 # The same examples in every run; `pytest --hypothesis-profile=default` draws new ones.
 settings.register_profile("fixed", derandomize=True)
@@ -89,7 +89,7 @@ def _make_base(family: str = "llama", dtype: torch.dtype = torch.float64, seed: 
 def _randomise(model: Any, seed: int = 1) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".memory." in name:
+        if is_added(name):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             scale = 0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             parameter.copy_(noise * scale)

@@ -53,6 +53,7 @@ def convert(source: str, output: Path, texts: list[Path], config: ConfigManager)
     from senri.hf.adapter import save_adapter
     from senri.hf.base import load_model, new_folder
     from senri.hf.calibrate import REPEAT_BEYOND, calibrate
+    from senri.hf.convert import is_added
 
     # model.yaml describes its own base; another source gets the preset of its architecture
     overrides = config.senri_overrides() if source == config.base_model_name else {}
@@ -78,5 +79,5 @@ def convert(source: str, output: Path, texts: list[Path], config: ConfigManager)
         with new_folder(output) as scratch:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-    memory = sum(p.numel() for n, p in model.named_parameters() if ".memory." in n)
+    memory = sum(p.numel() for n, p in model.named_parameters() if is_added(n))
     console.print(f"saved {output}: {memory / 1e6:.2f}M added parameters in layers {model.config.memory_layers}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from senri.cli.common import console, quiet_transformers, warn
+from senri.cli.train_unigram import train_unigram
 from senri.config import ConfigManager
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
     from senri.training.interrupt import TrainingStopped
     from senri.training.trainer import Trainer, processes, run_identity
 
+    if config.training.method == "unigram":
+        return train_unigram(config, output, data)
     if config.training.method == "features":
         return train_features(config, output, data)
     started = time.perf_counter()

@@ -96,6 +96,7 @@ class SenriOverrides(TypedDict, total=False):
     memory_conv_size: Count
     memory_context_size: Count
     write_gate: WriteGate
+    unigram_cache: Flag
     store: Store
     routing: Routing
     routing_basis: RoutingBasis
@@ -153,10 +154,19 @@ class FeaturesConfig(Section):
     save_steps: Positive
 
 
+class UnigramConfig(Section):
+    """`unigram` of training.yaml."""
+
+    texts: Positive
+    length: Positive
+    every: Positive
+    background_tokens: Positive
+
+
 class TrainingConfig(Section):
     """training.yaml."""
 
-    method: Literal["features", "bptt"]
+    method: Literal["features", "bptt", "unigram"]
     data: tuple[Text, ...]
     batch_size: Positive
     max_length: Positive
@@ -185,6 +195,7 @@ class TrainingConfig(Section):
     save_steps: Positive
     probe_steps: Positive
     features: FeaturesConfig
+    unigram: UnigramConfig
 
     @property
     def part_ratios(self) -> dict[str, float]:

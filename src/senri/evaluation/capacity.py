@@ -194,8 +194,8 @@ def choose(
             rows = members[start : start + ROWS]
             cache = SenriCache.concat([state] * len(rows))
             ids = torch.tensor([list(prompts[i]) for i in rows], device=model.device)
-            hidden = model.model(ids, past_key_values=cache).last_hidden_state[:, -1]
-            best = model.lm_head(hidden)[:, list(candidates)].argmax(-1).tolist()
+            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            best = logits[:, list(candidates)].argmax(-1).tolist()
             for i, index in zip(rows, best, strict=True):
                 out[i] = index
     return out

@@ -162,30 +162,28 @@ class SenriLM(TemplateLM):
         )
         return postprocess_generated_text(self.tokenizer.decode(made[0, 1:], skip_special_tokens=True), stop, None)
 
-    def _pieces(self, ids: list[int], cache: SenriCache) -> Iterator[tuple[int, Tensor]]:
-        """Read ``ids`` into ``cache``: where each piece starts, and its hidden states ``[T, hidden]``."""
+    def _pieces(self, ids: list[int], cache: SenriCache, keep: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Read ``ids`` into ``cache``: where each piece starts, and its last ``keep`` logits, 0: all, ``[T, V]``."""
         for start in range(0, len(ids), self.piece_size):
             piece = torch.tensor([ids[start : start + self.piece_size]], device=self.model.device)
-            yield start, self.model.model(piece, past_key_values=cache).last_hidden_state[0]
+            yield start, self.model(piece, past_key_values=cache, logits_to_keep=keep).logits[0]
 
     def _read(self, ids: list[int], cache: SenriCache) -> Tensor:
-        """Read ``ids`` into ``cache``; the last token's hidden state ``[1, hidden]``."""
-        for _, hidden in self._pieces(ids, cache):
-            last = hidden[-1:]
+        """Read ``ids`` into ``cache``; the last token's logits ``[1, V]``."""
+        *_, (_, last) = self._pieces(ids, cache, keep=1)
         return last
 
     def _continue(self, ids: list[int], last: Tensor, cache: SenriCache) -> tuple[float, bool]:
-        """Score ``ids`` as what follows ``cache``, whose last hidden state is ``last``; the cache goes on."""
+        """Score ``ids`` as what follows ``cache``, whose last logits are ``last``; the cache goes on."""
         if not ids:
             return 0.0, True
         parts = [self._score(last, ids[:1])]
-        for start, hidden in self._pieces(ids[:-1], cache):
-            parts.append(self._score(hidden, ids[start + 1 : start + 1 + len(hidden)]))
+        for start, logits in self._pieces(ids[:-1], cache):
+            parts.append(self._score(logits, ids[start + 1 : start + 1 + len(logits)]))
         return sum(score for score, _ in parts), all(greedy for _, greedy in parts)
 
-    def _score(self, hidden: Tensor, targets: list[int]) -> tuple[float, bool]:
-        """Sum of the log probabilities of ``targets`` given ``hidden`` ``[T, hidden]``; whether each is the best."""
-        logits = self.model.lm_head(hidden)
+    def _score(self, logits: Tensor, targets: list[int]) -> tuple[float, bool]:
+        """Sum of the log probabilities of ``targets`` under ``logits`` ``[T, V]``; whether each is the best."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = torch.tensor(targets, device=logits.device)
         scores = logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)

@@ -42,11 +42,11 @@ def streamed_nll(reader: SenriReader, ids: np.ndarray, *, memory: bool = True) -
     cache, parts = model.model.new_cache(), []
     for start in range(0, len(ids) - 1, size):
         piece = torch.from_numpy(ids[start : start + size].astype(np.int64))[None].to(model.device)
-        hidden = model.model(piece, past_key_values=cache).last_hidden_state
+        logits = model(piece, past_key_values=cache).logits
         if not memory:
             cache = without_memory(cache)
         targets = torch.from_numpy(ids[start + 1 : start + 1 + size].astype(np.int64))[None]
-        parts.append(token_nll(model.lm_head, hidden, targets)[0])
+        parts.append(token_nll(lambda given: given, logits, targets)[0])
     return np.concatenate(parts)
 
 

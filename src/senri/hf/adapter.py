@@ -13,7 +13,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from senri.files import fingerprint, write_atomically
-from senri.hf.convert import convert_to_senri
+from senri.hf.convert import convert_to_senri, is_added
 from senri.hf.modeling_senri import SenriForCausalLM
 
 # What an adapter's weights depend on; the rest of the configuration is the base's.
@@ -36,6 +36,7 @@ CONFIG_FIELDS = (
     "memory_conv_size",
     "memory_context_size",
     "write_gate",
+    "unigram_cache",
     "routing",
     "routing_basis",
     "top_k_memories",
@@ -62,7 +63,7 @@ def add_lora(model: SenriForCausalLM, rank: int) -> None:
 
 def adapter_weights(model: SenriForCausalLM) -> dict[str, Tensor]:
     """The parameters that conversion added, by name."""
-    return {name: p for name, p in model.named_parameters() if ".memory." in name}
+    return {name: p for name, p in model.named_parameters() if is_added(name)}
 
 
 def base_fingerprint(model: SenriForCausalLM) -> str:
@@ -70,7 +71,7 @@ def base_fingerprint(model: SenriForCausalLM) -> str:
     return fingerprint(
         (name.replace(".base_layer.", "."), p)
         for name, p in model.named_parameters()
-        if ".memory." not in name and _LORA not in name
+        if not is_added(name) and _LORA not in name
     )
 
 

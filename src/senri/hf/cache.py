@@ -37,6 +37,7 @@ class ModelState(NamedTuple):
     # [B, N, hidden] or None: the last tokens' inputs of the last layer with a memory, if from there on they were only
     # read for the memory (SenriModel.read); that layer's window and those above it are computed when needed
     deferred: Tensor | None = None
+    counts: Tensor | None = None  # [B, V] float32: how often each token has left the window; of the unigram cache
 
 
 class SenriCache(Cache):
@@ -174,7 +175,8 @@ def without_memory(state: SenriCache) -> SenriCache:
     if fork.state is None:
         return fork
     layers = tuple(_emptied(layer) for layer in fork.state.layers)
-    fork.state = fork.state._replace(layers=layers, valid=torch.zeros_like(fork.state.valid))
+    counts = None if fork.state.counts is None else torch.zeros_like(fork.state.counts)
+    fork.state = fork.state._replace(layers=layers, valid=torch.zeros_like(fork.state.valid), counts=counts)
     return fork
 
 

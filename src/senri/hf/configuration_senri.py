@@ -108,6 +108,7 @@ class SenriConfig(LlamaConfig):
         memory_gate: `additive` zero-init branch, or `infini`: Infini-attention's per-head sigmoid mix.
         memory_conv_size: taps of the short causal convolution on the memory's q, k, v; 0 for none.
         memory_context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none.
+        unigram_cache: whether logits are rescaled by how often each token has left the window.
         write_gate: `none` | `hidden` | `surprise` (needs tied embeddings).
         decoding_weights: for products with up to four tokens, on a CPU without gradients. `full`: as they are; `int4`:
             the layers' in four bits, 32 to a scale, and of a float32 head a bfloat16 copy; `auto`: that in float32, if
@@ -149,6 +150,7 @@ class SenriConfig(LlamaConfig):
     memory_gate: str = "additive"
     memory_conv_size: int = 0
     memory_context_size: int = 0
+    unigram_cache: bool = False
     write_gate: str = "none"
     qkv_bias: bool = False
 

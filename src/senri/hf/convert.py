@@ -36,6 +36,11 @@ _BASE_FIELDS = (
 )
 
 
+def is_added(name: str) -> bool:
+    """Whether a parameter of a Senri model is one that conversion added."""
+    return ".memory." in name or name.startswith("unigram_cache.")
+
+
 def convert_to_senri(model_or_path: PreTrainedModel | str | Path, **config_overrides: Any) -> SenriForCausalLM:
     """Convert a Llama-architecture (SmolLM, SmolLM2, Llama) or Qwen2 model.
 
@@ -57,9 +62,11 @@ def convert_to_senri(model_or_path: PreTrainedModel | str | Path, **config_overr
     model.tie_weights()
     for memory in model.model.memories.values():
         memory.reset_parameters()
+    if model.unigram_cache is not None:
+        model.unigram_cache.reset_parameters()
     model.to(base.dtype)
     missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
-    lost = [name for name in missing if ".memory." not in name and name != "lm_head.weight"]
+    lost = [name for name in missing if not is_added(name) and name != "lm_head.weight"]
     if lost or unexpected:
         raise ValueError(f"the weights do not fit: missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
     if base.generation_config is not None:

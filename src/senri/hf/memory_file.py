@@ -37,6 +37,7 @@ _MUST_MATCH = (
     "segments_per_bank",
     "num_memories",
     "memory_sharing",
+    "unigram_cache",
     "alibi_scale",
     "segment_size",
     "memory_readout",
@@ -85,6 +86,7 @@ def expected_header(config: SenriConfig) -> dict[str, Any]:
         "segments_per_bank": config.segments_per_bank if config.store == "banks" else None,
         "num_memories": config.num_memories if config.store in ("multi", "hierarchical") else None,
         "memory_sharing": config.memory_sharing or None,
+        "unigram_cache": config.unigram_cache or None,
         "alibi_scale": config.alibi_scale if config.use_alibi else None,
     }
 
@@ -224,6 +226,7 @@ def _trim(state: ModelState) -> ModelState:
         ids=state.ids[:, first:],
         valid=state.valid[:, first:],
         surprise=None if state.surprise is None else state.surprise[:, first:],
+        counts=None if state.counts is None or not state.counts.any() else state.counts,
     )
 
 
@@ -235,6 +238,8 @@ def _of_the_last(recent: Tensor, tokens: int) -> Tensor:
 def restore(empty: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
     """A state shaped like ``empty`` with the file's tensors; trimmed slots come back empty."""
     if isinstance(empty, Tensor):
+        if prefix == "counts" and prefix not in tensors:  # after flush() there are none
+            return empty
         tensor = tensors[prefix].to(empty.device, empty.dtype)
         if "sink" in prefix and not tensor.numel():
             return empty

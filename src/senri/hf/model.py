@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from senri.layers import (
     MemoryAttention,
     MemoryLayerState,
     MemoryStream,
+    UnigramCache,
     Writing,
     best_block_size,
     new_sinks,
@@ -28,9 +30,17 @@ from senri.layers import (
     window_plan,
 )
 from senri.memory.stream import unpack_index
+from senri.memory.unigram import UnigramStream, count
 
 INFERENCE_PIECE = 2048  # tokens of one pass without gradient: bounds the activations of a long prompt
 SURPRISE_BLOCK = 512  # tokens whose logits exist at once while the surprise is computed
+
+
+@dataclass
+class SenriModelOutput(BaseModelOutputWithPast):
+    """transformers' output, and what the language-model head needs for its unigram cache."""
+
+    unigram: UnigramStream | None = None
 
 
 class SenriPreTrainedModel(PreTrainedModel):
@@ -52,7 +62,7 @@ class SenriPreTrainedModel(PreTrainedModel):
         # Not in _init_weights(): for models outside its own package transformers never calls it on a module whose
         # parameters all belong to submodules, so that a memory kept Linear's random values and was not silent.
         for module in self.modules():
-            if isinstance(module, MemoryAttention):
+            if isinstance(module, MemoryAttention | UnigramCache):
                 loaded = {n: p.clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
                 module.reset_parameters()
                 for name, value in loaded.items():
@@ -86,7 +96,7 @@ class SenriModel(SenriPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> SenriModelOutput:
         """Hidden states of ``input_ids`` ``[B, T]`` after the last norm.
 
         Args:
@@ -118,10 +128,10 @@ class SenriModel(SenriPreTrainedModel):
             cache.state = self.empty_state(inputs_embeds.shape[0], inputs_embeds.dtype, training=self.training)
         self._check_padding(mask, cache, inputs_embeds.shape[1])
         self.catch_up(cache)
-        outputs, collected = [], []
+        outputs, collected, leaving = [], [], []
         for start in range(0, inputs_embeds.shape[1], self._piece_size(inputs_embeds.shape[1])):
             part = slice(start, start + self._piece_size(inputs_embeds.shape[1]))
-            hidden, states = self._forward_piece(
+            hidden, states, left = self._forward_piece(
                 inputs_embeds[:, part],
                 None if input_ids is None else input_ids[:, part],
                 None if mask is None else mask[:, part],
@@ -129,16 +139,23 @@ class SenriModel(SenriPreTrainedModel):
                 cache,
             )
             outputs.append(hidden)
+            if left is not None:
+                leaving.append(left)
             if output_hidden_states:
                 collected.append((*states, hidden))
         hidden = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         all_hidden = None
         if output_hidden_states:
             all_hidden = tuple(torch.cat(parts, dim=1) for parts in zip(*collected, strict=True))
-        return BaseModelOutputWithPast(
+        unigram = None
+        if leaving:
+            ids, there = (torch.cat(parts, dim=1) for parts in list(zip(*leaving, strict=True))[1:])
+            unigram = UnigramStream(leaving[0].counts, ids, there)
+        return SenriModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache if use_cache or past_key_values is not None else None,
             hidden_states=all_hidden,
+            unigram=unigram,
         )
 
     @torch.no_grad()
@@ -242,6 +259,7 @@ class SenriModel(SenriPreTrainedModel):
                 position=state.position + steps,
                 since_flush=state.since_flush + steps,
                 deferred=hidden,
+                counts=_counted(self._leaving(state, stream, steps)),
             ),
             steps,
         )
@@ -308,6 +326,7 @@ class SenriModel(SenriPreTrainedModel):
                 surprise=None if state.surprise is None else state.surprise.new_zeros(empty.shape[0], slots),
                 since_flush=torch.zeros_like(state.since_flush),
                 deferred=None,  # no one will look back at it
+                counts=None if state.counts is None else torch.zeros_like(state.counts),  # another text, other words
             ),
             columns=0,
         )
@@ -322,7 +341,7 @@ class SenriModel(SenriPreTrainedModel):
         mask: Tensor | None,
         position_ids: Tensor | None,
         cache: SenriCache,
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], UnigramStream | None]:
         """All layers over ``hidden`` ``[B, T, hidden]``; commits the new state at the end, and only then."""
         state = cache.state
         assert state is not None
@@ -362,6 +381,7 @@ class SenriModel(SenriPreTrainedModel):
             layers[i] = layers[i]._replace(memory=memory)
             hidden = hidden + read
         slots = state.ids.shape[1]
+        left = self._leaving(state, stream, steps)
         new_state = ModelState(
             layers=tuple(layers),
             ids=state.ids if stream.ids is None else stream.ids[:, -slots:],
@@ -370,10 +390,19 @@ class SenriModel(SenriPreTrainedModel):
             last_hidden=last_hidden,
             position=state.position + valid.sum(1),
             since_flush=state.since_flush + valid.sum(1),
+            counts=_counted(left),
         )
         cache.has_padding = has_padding
         cache.commit(new_state, steps)
-        return hidden, inputs
+        return hidden, inputs, left
+
+    def _leaving(self, state: ModelState, stream: MemoryStream, steps: int) -> UnigramStream | None:
+        """The tokens that leave the window during the ``steps`` new ones of ``stream``, for the unigram cache."""
+        if state.counts is None or stream.ids is None:
+            return None
+        first = state.ids.shape[1] - self.config.sliding_window_size
+        part = slice(first, first + steps)
+        return UnigramStream(state.counts, stream.ids[:, part], stream.valid[:, part])
 
     def _run_layer(self, layer: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None, LayerState, Writing | None]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -434,8 +463,10 @@ class SenriModel(SenriPreTrainedModel):
                 "start anew (reset_memory(batch_size), or a new cache)"
             )
         needs_ids = self.config.memory_readout == "head" or self.config.write_gate == "surprise"
-        if ids is None and needs_ids and self.config.num_memory_layers:
-            raise ValueError("memory_readout 'head' and write_gate 'surprise' need input_ids, not inputs_embeds")
+        if ids is None and ((needs_ids and self.config.num_memory_layers) or self.config.unigram_cache):
+            raise ValueError(
+                "memory_readout 'head', write_gate 'surprise' and unigram_cache need input_ids, not inputs_embeds"
+            )
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < steps:
@@ -485,17 +516,23 @@ class SenriModel(SenriPreTrainedModel):
             last_hidden=keys.new_zeros(batch_size, config.hidden_size) if surprised else None,
             position=torch.zeros(batch_size, dtype=torch.long, device=device),
             since_flush=torch.zeros(batch_size, dtype=torch.long, device=device),
+            counts=torch.zeros(batch_size, config.vocab_size, device=device) if config.unigram_cache else None,
         )
 
     def _packed_forward(
         self, ids: Tensor | None, embeds: Tensor, position_ids: Tensor, output_hidden_states: bool | None
-    ) -> BaseModelOutputWithPast | None:
+    ) -> SenriModelOutput | None:
         """Run packed documents as rows of their own, padded to the longest; None when each row is one document."""
         position_ids = position_ids.expand(embeds.shape[:2])
         starts = position_ids == 0
         starts[:, 0] = True
         if not starts[:, 1:].any():
             return None
+        if self.config.unigram_cache:
+            raise ValueError(
+                "packed documents (position_ids that start again at 0) would share their words in the unigram cache: "
+                "give each as a row of its own, padded on the left"
+            )
         begin = starts.flatten().nonzero().flatten()
         index, valid = unpack_index(torch.cat([begin, begin.new_tensor([starts.numel()])]))
         rows = (
@@ -505,9 +542,11 @@ class SenriModel(SenriPreTrainedModel):
             **rows, attention_mask=valid, use_cache=False, output_hidden_states=output_hidden_states, return_dict=True
         )
         hidden = out.hidden_states and tuple(h[valid].view_as(embeds) for h in out.hidden_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=out.last_hidden_state[valid].view_as(embeds), hidden_states=hidden
-        )
+        return SenriModelOutput(last_hidden_state=out.last_hidden_state[valid].view_as(embeds), hidden_states=hidden)
+
+
+def _counted(leaving: UnigramStream | None) -> Tensor | None:
+    return None if leaving is None else count(leaving)
 
 
 def _without_window(layer: LayerState) -> LayerState:

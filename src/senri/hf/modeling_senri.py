@@ -20,6 +20,7 @@ from senri.layers import (
     HalfLinear,
     PackedLinear,
     PackedWeights,
+    UnigramCache,
     fuses,
     is_plain,
     packs,
@@ -59,6 +60,7 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         self.model = SenriModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.unigram_cache = UnigramCache(config.vocab_size) if config.unigram_cache else None
         self.packed = PackedWeights()
         self.session: SenriCache | None = None
         self.post_init()
@@ -96,6 +98,9 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         if isinstance(kept, Tensor) or logits_to_keep:
             hidden = hidden[:, kept]
         logits = self._head(hidden)(hidden)
+        if self.unigram_cache is not None and outputs.unigram is not None:
+            steps = outputs.last_hidden_state.shape[1]
+            logits = self.unigram_cache(logits, outputs.unigram, torch.arange(steps, device=logits.device)[kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -19,6 +19,7 @@ from senri.layers.packed_linear import (
 )
 from senri.layers.sinks import NewSinks, Sinks, new_sinks, sinks_behind
 from senri.layers.sliding_window import WindowPlan, best_block_size, sliding_window_attention, window_plan
+from senri.layers.unigram_cache import UnigramCache
 
 __all__ = [
     "FEW",
@@ -35,6 +36,7 @@ __all__ = [
     "PackedWeights",
     "PlainLinear",
     "Sinks",
+    "UnigramCache",
     "WindowPlan",
     "WriteGate",
     "Writing",

@@ -11,6 +11,7 @@ from senri.memory.scan import read, scan
 from senri.memory.state import MemoryState, Pending
 from senri.memory.stores import STORES, Banks, Hierarchical, Multi, Routed, Store, orthogonal_basis
 from senri.memory.stream import delay_line
+from senri.memory.unigram import UnigramStream
 
 __all__ = [
     "FEATURE_MAPS",
@@ -24,6 +25,7 @@ __all__ = [
     "Routed",
     "SlotParameters",
     "Store",
+    "UnigramStream",
     "delay_line",
     "feature_dim",
     "orthogonal_basis",

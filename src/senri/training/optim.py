@@ -38,7 +38,8 @@ def choose_trainable(model: SenriForCausalLM, trainable: str, lora_rank: int) ->
     if trainable == LORA:
         add_lora(model, lora_rank)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable == ALL or ".memory." in name or ".lora_" in name)
+        learns = trainable == ALL or ".memory." in name or ".lora_" in name
+        parameter.requires_grad_(learns and not name.startswith("unigram_cache."))  # method unigram fits it
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not chosen:
         raise TrainingError("num_memory_layers is 0: there is no memory to train; set trainable to all")
