@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import senri.hf.decoder as decoder
+import senri.hf.fused_layer as fused
 import senri.hf.modeling_senri as modeling
 import senri.layers.sliding_window as sliding
 from senri import load_base
 from senri.data import iter_bible, iter_pieces, iter_tokens
-from senri.layers import PackedLinear
+from senri.layers import Int4Linear, PackedLinear
+from senri.layers.packed_linear import has_products
 
 ROUNDS, READ, DECODE, WARM_UP = 5, 4096, 32, 4096
 EVICT = 64_000_000  # bytes of weights gone through between two uses of one, so that none stays in a cache
@@ -36,22 +38,24 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def never(*_args: object, **_kwargs: object) -> bool:
+def never(*_args: object, **_kwargs: object) -> None:
     """In place of what chooses a fast path."""
-    return False
 
 
-PATHS = {
-    "plain layers, fused attention kernel": [(sliding, "_makes_products"), (decoder, "can_fuse"), (modeling, "packs")],
-    "and attention by products": [(decoder, "can_fuse"), (modeling, "packs")],
-    "and packed, fused layers": [],
+INT4 = [(fused, "_four_bits")]
+LAYERS = [(decoder, "can_fuse"), (modeling, "packs"), *INT4]
+PATHS = {  # and what is switched off
+    "plain layers, PyTorch's attention kernel": [(sliding, "products_dtype"), *LAYERS],
+    "and attention by products": LAYERS,
+    "and fused layers (bfloat16: packed)": INT4,
+    "and weights in four bits while decoding": [],
 }
 
 
 @torch.no_grad()
 def whole_model() -> list[dict[str, object]]:
     """Tokens/s of reading and milliseconds a token of decoding, by path."""
-    model, tokenizer = load_base()
+    model, tokenizer = load_base(decoding_weights="int4")
     ids = torch.tensor(next(iter_pieces(iter_tokens(iter_bible(), tokenizer), WARM_UP + READ + 1)))
     model.read(ids[:WARM_UP])
     state = model.get_memory_state()
@@ -98,17 +102,20 @@ def products() -> list[dict[str, object]]:
         half = [w.weight.bfloat16() for w in layers]
         scales = [w.weight.abs().amax(1) / 127 for w in layers]
         rounded = [(w.weight / s[:, None]).round().to(torch.int8) for w, s in zip(layers, scales, strict=True)]
-        packed = [PackedLinear(nn.Linear(inner, outer, bias=False).bfloat16()) for _ in layers]
+        packed = [PackedLinear(nn.Linear(inner, outer, bias=False).bfloat16()) for _ in layers if has_products()]
+        int4 = [Int4Linear(layer) for layer in layers]
         short = x.bfloat16()
         int8 = [(w, s.bfloat16()) for w, s in zip(rounded, scales, strict=True)]
         formats: dict[str, Callable[[], object]] = {
             "float32 linear": lambda layers=layers, x=x: [layer(x) for layer in layers],
             "bfloat16 linear": lambda half=half, short=short: [F.linear(short, w) for w in half],
             "bfloat16 packed": lambda packed=packed, short=short: [layer(short) for layer in packed],
+            "int4 weights": lambda int4=int4, short=short: [layer(short) for layer in int4],
             "int8 weights": lambda int8=int8, short=short: [torch._weight_int8pack_mm(short, *w) for w in int8],
         }
         for name, work in formats.items():
-            work()
+            if not work():  # this processor has no such products
+                continue
             taken = statistics.median(seconds(work) for _ in range(9)) / count
             rows.append({"format": name, "in": inner, "out": outer, "microseconds": 1e6 * taken})
     return rows
@@ -125,7 +132,7 @@ def main() -> None:
     print("|---|" + "---:|" * len(shapes))
     for name in dict.fromkeys(row["format"] for row in formats):
         found = {(row["in"], row["out"]): row["microseconds"] for row in formats if row["format"] == name}
-        print(f"| {name} | " + " | ".join(f"{found[shape]:.0f}" for shape in shapes) + " |")
+        print(f"| {name} | " + " | ".join(f"{found[shape]:.0f}" for shape in shapes if shape in found) + " |")
     folder = Path("runs/benchmarks")
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from senri import convert_to_senri
 from senri.benchmark.work import Work, WorkMeter, layer_work, logit_work, training_work, weight_bytes
 
 HEAD = {"memory_readout": "head", "memory_num_heads": 1, "memory_num_key_value_heads": 1, "num_memory_layers": 1}
@@ -83,3 +84,13 @@ def test_a_tied_head_is_read_once(make_senri):
     tied, loose = make_senri(dtype=torch.float32), make_senri(dtype=torch.float32, tie_word_embeddings=False)
     assert weight_bytes(tied) == sum(p.numel() * 4 for p in tied.parameters())
     assert weight_bytes(loose) == weight_bytes(tied)
+
+
+def test_weights_in_four_bits_are_fewer_bytes(make_base):
+    """A weight is half a byte, and each 32 of a row have a scale and an offset of two bytes; the head is bfloat16."""
+    numbers = {"num_memory_layers": 0, "decoding_weights": "int4"}
+    model = convert_to_senri(make_base(dtype=torch.float32, intermediate_size=64), **numbers)
+    layers = [x for layer in model.model.layers for x in layer.modules() if type(x) is torch.nn.Linear]
+    rest = sum(p.nbytes for p in model.parameters()) - sum(x.weight.nbytes for x in layers)
+    four_bits = sum(x.weight.numel() * (4 + 1) / 8 for x in layers)
+    assert weight_bytes(model) == rest - model.lm_head.weight.nbytes / 2 + four_bits

@@ -144,7 +144,9 @@ def test_the_first_token_of_a_long_context_counts_iff_the_memory_speaks(make_lm,
 def test_a_shared_context_is_read_once_and_only_scored_tokens_get_logits(make_lm):
     lm = make_lm()
     read, scored = [], []
-    lm.model.model.register_forward_hook(lambda _, args, __: read.append(args[0].shape[1]))
+    lm.model.model.register_forward_hook(
+        lambda _, __, given, ___: read.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
     lm.model.lm_head.register_forward_hook(lambda _, __, out: scored.append(out.shape[:-1].numel()))
     context, choices = lm.tok_encode(CONTEXT), [lm.tok_encode(c) for c in CHOICES]
     together = lm._loglikelihood_tokens([(None, context, c) for c in choices], True)

@@ -116,6 +116,18 @@ def test_not_where_gradients_are_wanted(make, tokens, calls):
 
 
 @torch.no_grad()
+def test_not_where_a_layer_is_not_plain(make, tokens, calls):
+    """LoRA and hooks want full products; the head then keeps its own too."""
+    model, ids = make("int4", levels=True), tokens(1, 12)
+    whole = model(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(one_by_one(model, ids), whole, rtol=1e-4, atol=1e-4)
+    assert not calls
+    assert not model.packed._made
+
+
+@torch.no_grad()
 def test_shapes_that_the_kernel_does_not_know_stay_full(make_base, randomise, tokens, calls):
     models = [
         randomise(convert_to_senri(make_base(dtype=torch.float32), **{**HEAD, **SMALL, "decoding_weights": name}))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from senri.evaluation.readers import without_memory
+from senri.evaluation.readers import SenriReader, without_memory
 from senri.hf.memory_file import MemoryFileError
 
 WINDOW, STEPS = 5, 24
@@ -51,7 +51,9 @@ def test_a_cut_changes_nothing(model, tokens, cuts):
     assert torch.equal(other.state.counts, cache.state.counts)
     torch.testing.assert_close(model(ids).logits, whole, **EXACT)
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:], **EXACT)
-    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 19])).logits, whole[:, [2, 19]], **EXACT)
+    torch.testing.assert_close(
+        model(ids, logits_to_keep=torch.tensor([19, 2, -3])).logits, whole[:, [19, 2, -3]], **EXACT
+    )
 
 
 @torch.no_grad()
@@ -138,9 +140,20 @@ def test_a_converted_model_is_silent_and_saves_it(make_senri, tokens, tmp_path):
     assert (again(ids).logits - plain(ids).logits)[:, -1].abs().max() > 0.1
 
 
+@torch.no_grad()
+def test_another_texts_memory_brings_its_words(make_senri, tokens):
+    reader = SenriReader(make_senri(sliding_window_size=WINDOW, unigram_cache=True), None)
+    mine, other = (reader.read(tokens(1, STEPS, seed)[0].numpy(), STEPS) for seed in (0, 1))
+    swapped = reader.with_memory_of(without_memory(mine), reader.memory_of(other))
+    assert torch.equal(swapped.state.counts, other.state.counts)
+
+
 def test_its_numbers_learn(make_senri, tokens):
     model = make_senri(sliding_window_size=WINDOW, unigram_cache=True)
     ids = tokens(2, STEPS)
+    model.requires_grad_(False).unigram_cache.requires_grad_(True)
+    model(ids[:, :WINDOW], labels=ids[:, :WINDOW]).loss.backward()  # nothing has left the window: a gradient of 0
+    assert not model.unigram_cache.strength.grad.any()
     model(ids, labels=ids).loss.backward()
     assert model.unigram_cache.strength.grad.abs() > 0
     assert model.unigram_cache.log_rarity.grad.abs().sum() > 0

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from senri.hf.configuration_senri import SenriConfig
+from senri.hf.fused_layer import in_four_bits, projections
 from senri.hf.modeling_senri import SenriForCausalLM
 
 
@@ -112,9 +113,21 @@ class WorkMeter:
         self.layer_tokens += batch * steps
 
 
+@torch.no_grad()
 def weight_bytes(model: SenriForCausalLM) -> int:
-    """Bytes of the weights that making one token reads: all but the embeddings' other rows; a tied head counts once."""
+    """Bytes of the weights that making one token reads: all but the embeddings' other rows; a tied head counts once.
+
+    Those that are decoded with in four bits count as such, and the float32 head beside them in bfloat16.
+    """
     seen: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         del seen[id(model.model.embed_tokens.weight)]
-    return sum(p.numel() * p.element_size() for p in seen.values())
+    total = sum(p.nbytes for p in seen.values())
+    token = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    fewer = [(layer, in_four_bits(layer, token)) for layer in model.model.layers]
+    for layer, weights in fewer:
+        if weights is not None:
+            total += sum(part.nbytes for part in weights) - sum(x.weight.nbytes for x in projections(layer))
+    if model.dtype == torch.float32 and fewer[-1][1] is not None:
+        total -= model.lm_head.weight.nbytes // 2
+    return total

@@ -162,23 +162,25 @@ class SenriLM(TemplateLM):
         )
         return postprocess_generated_text(self.tokenizer.decode(made[0, 1:], skip_special_tokens=True), stop, None)
 
-    def _pieces(self, ids: list[int], cache: SenriCache, keep: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Read ``ids`` into ``cache``: where each piece starts, and its last ``keep`` logits, 0: all, ``[T, V]``."""
+    def _pieces(self, ids: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """Where each piece of ``ids`` starts, and the piece ``[1, T]``."""
         for start in range(0, len(ids), self.piece_size):
-            piece = torch.tensor([ids[start : start + self.piece_size]], device=self.model.device)
-            yield start, self.model(piece, past_key_values=cache, logits_to_keep=keep).logits[0]
+            yield start, torch.tensor([ids[start : start + self.piece_size]], device=self.model.device)
 
     def _read(self, ids: list[int], cache: SenriCache) -> Tensor:
         """Read ``ids`` into ``cache``; the last token's logits ``[1, V]``."""
-        *_, (_, last) = self._pieces(ids, cache, keep=1)
-        return last
+        for start, piece in self._pieces(ids):
+            if start + self.piece_size < len(ids):
+                self.model.model(input_ids=piece, past_key_values=cache)
+        return self.model(piece, past_key_values=cache, logits_to_keep=1).logits[0]
 
     def _continue(self, ids: list[int], last: Tensor, cache: SenriCache) -> tuple[float, bool]:
         """Score ``ids`` as what follows ``cache``, whose last logits are ``last``; the cache goes on."""
         if not ids:
             return 0.0, True
         parts = [self._score(last, ids[:1])]
-        for start, logits in self._pieces(ids[:-1], cache):
+        for start, piece in self._pieces(ids[:-1]):
+            logits = self.model(piece, past_key_values=cache).logits[0]
             parts.append(self._score(logits, ids[start + 1 : start + 1 + len(logits)]))
         return sum(score for score, _ in parts), all(greedy for _, greedy in parts)
 

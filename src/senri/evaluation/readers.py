@@ -100,23 +100,25 @@ class SenriReader:
                 path.note(start + len(piece), state, last=last)
         return state
 
-    def with_memory_of(self, state: SenriCache, other: tuple[Any, ...]) -> SenriCache:
+    def with_memory_of(self, state: SenriCache, other: tuple[tuple[Any, ...], Any]) -> SenriCache:
         """See :class:`Reader`."""
+        memories, counts = other
         fork = state.fork()
         assert fork.state is not None
         layers = tuple(
             layer
             if theirs is None or layer.memory is None
             else layer._replace(memory=layer.memory._replace(memory=theirs))
-            for layer, theirs in zip(fork.state.layers, other, strict=True)
+            for layer, theirs in zip(fork.state.layers, memories, strict=True)
         )
-        fork.state = fork.state._replace(layers=layers)
+        fork.state = fork.state._replace(layers=layers, counts=counts)
         return fork
 
-    def memory_of(self, state: SenriCache) -> tuple[Any, ...]:
-        """See :class:`Reader`: the associative memory of each layer, None where there is none."""
+    def memory_of(self, state: SenriCache) -> tuple[tuple[Any, ...], Any]:
+        """See :class:`Reader`: the associative memory of each layer, None where there is none; the unigram counts."""
         assert state.state is not None
-        return tuple(None if layer.memory is None else layer.memory.memory for layer in state.state.layers)
+        memories = tuple(None if layer.memory is None else layer.memory.memory for layer in state.state.layers)
+        return memories, state.state.counts
 
     def blank(self) -> SenriCache:
         """See :class:`Reader`."""

@@ -133,6 +133,8 @@ def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriF
         ValueError: no adapter file, or one for another base model.
     """
     header = read_adapter_header(path)
+    if missing := [name for name in CONFIG_FIELDS if name not in header["config"]]:
+        raise ValueError(f"{path} was made by an older Senri, which knew no {', '.join(missing)}: train it again")
     try:
         model = convert_to_senri(base, **{**header["config"], **config_overrides})
     except ValueError as error:

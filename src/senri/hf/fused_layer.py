@@ -32,21 +32,24 @@ def can_fuse(layer: SenriDecoderLayer, hidden: Tensor, plan: AttentionPlan) -> b
 
     In float32 not for a prompt inside the window, which keeps the base's own operations, and so its bits.
     """
+    block = plan.window[0]
+    inside = block.mask is None and block.last - block.first == hidden.shape[1]
+    return not (hidden.dtype == torch.float32 and inside) and _fusable(layer, hidden)
+
+
+def _fusable(layer: SenriDecoderLayer, hidden: Tensor) -> bool:
     if layer.hidden_act != "silu" or (layer.training and layer.self_attn.dropout):
         return False
     if layer.memory is not None and layer.memory.readout != "head":
         return False
-    if not is_plain(*_attention(layer), *_mlp(layer)):
+    if not is_plain(*projections(layer)):
         return False
     if any(x._forward_hooks or x._forward_pre_hooks for x in (layer.self_attn, layer.mlp)):  # not called as modules
         return False
     trained = torch.is_grad_enabled() and any(
         p.requires_grad for name, p in layer.named_parameters() if not name.startswith("memory.")
     )
-    if trained or not fuses(hidden):
-        return False
-    block = plan.window[0]
-    return hidden.dtype != torch.float32 or block.mask is not None or block.last - block.first > hidden.shape[1]
+    return not trained and fuses(hidden)
 
 
 def fused(
@@ -56,7 +59,7 @@ def fused(
     if torch.is_autocast_enabled("cpu"):  # all is bfloat16 here: it would only round what is meant to be float32
         with torch.autocast("cpu", enabled=False):
             return fused(layer, hidden, state, plan)
-    weights = in_four_bits(layer, hidden)
+    weights = _four_bits(layer, hidden)
     if weights is not None:
         return _in_int4(layer, weights, hidden, state, plan)
     q_proj, k_proj, v_proj, o_proj = _attention(layer)
@@ -77,7 +80,12 @@ def fused(
 
 
 def in_four_bits(layer: SenriDecoderLayer, hidden: Tensor) -> Int4Layer | None:
-    """The weights that :func:`fused` takes for the few tokens of ``hidden``; None: full ones.
+    """The four-bit weights that the layer takes for the few tokens of ``hidden`` behind others; None: full ones."""
+    return _four_bits(layer, hidden) if _fusable(layer, hidden) else None
+
+
+def _four_bits(layer: SenriDecoderLayer, hidden: Tensor) -> Int4Layer | None:
+    """:func:`in_four_bits` of a layer that can be fused.
 
     ``auto`` takes them where nothing is lost, and where they were seen to be faster: beside float32, not beside a
     processor's bfloat16 products.
@@ -85,8 +93,8 @@ def in_four_bits(layer: SenriDecoderLayer, hidden: Tensor) -> Int4Layer | None:
     wanted, few = layer.decoding_weights, hidden.shape[0] * hidden.shape[1] <= FEW
     if not few or wanted == "full" or (wanted == "auto" and hidden.dtype != torch.float32):
         return None
-    weights = layer.packed.get(wanted, *_attention(layer), *_mlp(layer), make=Int4Layer.of)
-    return weights if weights is None or wanted == "int4" or weights.lossless else None
+    make = Int4Layer.of if wanted == "int4" else Int4Layer.lossless
+    return layer.packed.get(wanted, *projections(layer), make=make)
 
 
 class Int4Layer(NamedTuple):
@@ -105,10 +113,11 @@ class Int4Layer(NamedTuple):
         q, k, v, o, gate, up, down = layers
         return cls(Int4Linear(q, k, v), Int4Linear(o), Int4Linear(gate, up), Int4Linear(down))
 
-    @property
-    def lossless(self) -> bool:
-        """Whether the weights came from such levels, but for rounding."""
-        return all(part.off_level <= OFF_LEVEL for part in self)
+    @classmethod
+    def lossless(cls, *layers: nn.Linear) -> Int4Layer | None:
+        """As :meth:`of`; None also where the weights did not come from such levels, but for rounding."""
+        form = cls.of(*layers)
+        return form if form is not None and all(part.off_level <= OFF_LEVEL for part in form) else None
 
 
 def _in_int4(
@@ -141,6 +150,11 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
         return norm(x)
     scale = x.square().mean(-1, keepdim=True).add_(norm.variance_epsilon).rsqrt_()  # type: ignore[arg-type]
     return (x * scale).mul_(norm.weight)  # type: ignore[arg-type]
+
+
+def projections(layer: SenriDecoderLayer) -> tuple[nn.Linear, ...]:
+    """A layer's products with weights: q, k, v, o, gate, up, down."""
+    return *_attention(layer), *_mlp(layer)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from senri.layers import (
     PackedLinear,
     PackedWeights,
     UnigramCache,
-    fuses,
     is_plain,
     packs,
     wants_gradients,
@@ -117,7 +116,7 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
             return self.lm_head
         if packs(hidden):
             return self.packed.get("lm_head", self.lm_head, make=PackedLinear)
-        if fuses(hidden) and in_four_bits(self.model.layers[-1], hidden) is not None:
+        if in_four_bits(self.model.layers[-1], hidden) is not None:
             return self.packed.get("half lm_head", self.lm_head, make=HalfLinear)
         return self.lm_head
 

@@ -57,7 +57,10 @@ def packs(x: Tensor) -> bool:
 
 def is_plain(*layers: nn.Module) -> bool:
     """Whether these are linear layers as PyTorch has them: no subclass (LoRA), no hooks that want to be called."""
-    return all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
+    return all(
+        type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks and "forward" not in x.__dict__
+        for x in layers
+    )
 
 
 class FrozenLinear(Protocol):
@@ -174,6 +177,11 @@ class Int4Linear:
         biases = [x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias.detach() for x in layers]
         self.bias = torch.cat(biases).bfloat16() if any(x.bias is not None for x in layers) else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads of the weights."""
+        return self.weight.nbytes + self.scales.nbytes
+
     @staticmethod
     def takes(*layers: nn.Linear) -> bool:
         """Whether the kernel knows these shapes."""
@@ -209,7 +217,7 @@ class _Seen:
 def _sample(parameter: Tensor) -> Any:
     """A view of some of its numbers, in numpy, which compares them fastest."""
     flat = parameter.detach().reshape(-1)
-    some = flat[:: max(len(flat) // SAMPLE, 1)]
+    some = flat[:: max(len(flat) // SAMPLE, 1) | 1]  # odd: not one column alone of a width that is even
     return (some.view(torch.int16) if some.dtype == torch.bfloat16 else some).numpy()
 
 

@@ -35,31 +35,32 @@ def rescale(logits: Tensor, stream: UnigramStream, at: Tensor, strength: Tensor,
     """Logits ``[B, n, V]`` with what the counts add; none of an empty cache.
 
     Args:
-        at: steps of the call that predict, ascending, ``[n]``: each sees the tokens that left by then, its own step's
-            included.
+        at: steps of the call that predict, ``[n]``: each sees the tokens that left by then, its own step's included.
         strength: of the factor, a scalar.
         log_rarity: ``-log(smoothing * p_v)``, ``[V]``.
     """
-    if not at.numel() or not (stream.valid.any() or stream.counts.any()):
+    learns = torch.is_grad_enabled() and (strength.requires_grad or log_rarity.requires_grad)
+    if not at.numel() or not (learns or stream.valid.any() or stream.counts.any()):
         return logits
+    order = at.argsort()
+    if not torch.equal(at[order], at):
+        return rescale(logits[:, order], stream, at[order], strength, log_rarity)[:, order.argsort()]
     full = torch.promote_types(logits.dtype, torch.float32)
     rarity, first = log_rarity.to(full).exp(), int(at[0]) + 1
     counts = count(stream, first).to(full)
     out = logits.to(full) + (strength.to(full) * (counts * rarity).log1p())[:, None]
-    rows = []
     for row in range(len(logits)):
         leaving = stream.valid[row].nonzero()[:, 0]
         leaving = leaving[(leaving >= first) & (leaving <= at[-1])]
         if not len(leaving):
-            rows.append(out[row])
             continue
         tokens, which = stream.ids[row, leaving].unique(return_inverse=True)
         more = counts.new_zeros(len(at), len(tokens))
         more.index_put_((torch.searchsorted(at, leaving), which), more.new_ones(()), accumulate=True)
         before = counts[row, tokens] * rarity[tokens]
         later = (counts[row, tokens] + more.cumsum(0)) * rarity[tokens]
-        rows.append(out[row].index_add(1, tokens, strength.to(full) * (later.log1p() - before.log1p())))
-    return torch.stack(rows).to(logits.dtype)
+        out[row].index_add_(1, tokens, strength.to(full) * (later.log1p() - before.log1p()))
+    return out.to(logits.dtype)
 
 
 def rescale_one_by_one(

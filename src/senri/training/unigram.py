@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -85,7 +86,7 @@ def fit_unigram_cache(
     Raises:
         TrainingError: texts that are not longer than two windows.
     """
-    if settings.length <= 2 * model.config.sliding_window_size:
+    if settings.length <= 2 * model.config.sliding_window_size + 1:
         raise TrainingError(
             f"unigram.length is {settings.length} and must be more than two windows "
             f"({2 * model.config.sliding_window_size}): before that hardly anything has left the window"
@@ -94,7 +95,7 @@ def fit_unigram_cache(
     if model.unigram_cache is None:
         model.config.unigram_cache, model.unigram_cache = True, UnigramCache(model.config.vocab_size)
     model.unigram_cache.reset_parameters()
-    model.unigram_cache.to(model.device, torch.float32)
+    model.unigram_cache.to(model.device, torch.float32).requires_grad_(False)
     frequency = background(documents, tokenizer, settings.background_tokens, model.config.vocab_size).to(model.device)
     rng, haystack, pieces = Random(seed), BookHaystack(documents, tokenizer), []
     for number in range(settings.texts):
@@ -103,9 +104,8 @@ def fit_unigram_cache(
             pieces.extend(piece)
             show(number * settings.length + done, settings.texts * settings.length)
     strength, smoothing, without, fitted = _fit(model, pieces, frequency)
-    with torch.no_grad():
-        model.unigram_cache.strength.fill_(strength)
-        model.unigram_cache.log_rarity.copy_(-frequency - torch.tensor(smoothing).log())
+    model.unigram_cache.strength.fill_(strength)
+    model.unigram_cache.log_rarity.copy_(-frequency - math.log(smoothing))
     return UnigramReport(strength, smoothing, sum(len(p.target) for p in pieces), without, fitted)
 
 
@@ -117,7 +117,7 @@ def _read(model: SenriForCausalLM, ids: Tensor, every: int, piece_size: int) -> 
         piece = ids[start : min(start + piece_size, len(ids) - 1)]
         out = model.model(piece[None], past_key_values=cache)
         places = torch.arange(start, start + len(piece), device=ids.device)
-        at = ((places >= ignored) & (places % every == 0)).nonzero()[:, 0]
+        at = ((places >= ignored) & ((places - ignored) % every == 0)).nonzero()[:, 0]
         kept = [_Piece(out.last_hidden_state[:, at], out.unigram, at, ids[start + 1 + at])] if len(at) else []
         yield start + len(piece), kept
 
@@ -148,5 +148,5 @@ def _fit(model: SenriForCausalLM, pieces: list[_Piece], frequency: Tensor) -> tu
     optimizer.step(closure)
     with torch.no_grad():
         strength, smoothing = learned.exp().tolist()
-        silent = torch.stack([torch.tensor(-torch.inf), learned[1]])
+        silent = torch.stack([learned.new_tensor(-torch.inf), learned[1]])
         return strength, smoothing, loss(silent), loss(learned)
