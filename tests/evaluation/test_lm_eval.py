@@ -151,7 +151,7 @@ def test_a_shared_context_is_read_once_and_only_scored_tokens_get_logits(make_lm
     context, choices = lm.tok_encode(CONTEXT), [lm.tok_encode(c) for c in CHOICES]
     together = lm._loglikelihood_tokens([(None, context, c) for c in choices], True)
     assert sum(read) == len(context) + sum(len(c) - 1 for c in choices)
-    assert sum(scored) == sum(len(c) for c in choices)
+    assert sum(scored) == 1 + sum(len(c) - 1 for c in choices), "the shared one is scored once"
     assert max(read + scored) == lm.piece_size
     alone = [lm._loglikelihood_tokens([(None, context, c)], True)[0] for c in choices]
     backwards = lm._loglikelihood_tokens([(None, context, c) for c in reversed(choices)], True)
