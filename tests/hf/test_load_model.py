@@ -8,6 +8,7 @@ import senri.hf.base as base_module
 from senri import load_base
 from senri.hf.adapter import save_adapter
 from senri.hf.base import ADAPTERS, BASE_NAME, load_base_config, load_model
+from senri.hf.convert import is_added
 
 HEAD = {"memory_readout": "head", "update_rule": "delta_token", "memory_conv_size": 2, "sliding_window_size": 7}
 HEAD |= {"num_memory_layers": 1, "first_memory_layer": 1, "memory_num_heads": 1, "memory_num_key_value_heads": 1}
@@ -40,7 +41,7 @@ def shipped(base_folder, adapter, monkeypatch):
 
 
 def same_weights(model, path):
-    added = {name: p.bfloat16() for name, p in model.named_parameters() if ".memory." in name}
+    added = {name: p.bfloat16() for name, p in model.named_parameters() if is_added(name)}
     saved = load_file(path)
     return added.keys() == saved.keys() and all(torch.equal(added[name], saved[name]) for name in saved)
 
