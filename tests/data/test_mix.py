@@ -305,7 +305,7 @@ def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
     key = re.compile(r"KEY-[A-Z]{3}\d{5}")
     spoken = "The secret key is", "The secret key mentioned above is"
     seen = Counter()
-    for i in range(600):
+    for i in range(2400):
         sample = mix[i]
         whole = real_tokenizer.decode(sample.ids)
         for value, _, (_, stop) in values(sample, real_tokenizer):

@@ -226,7 +226,7 @@ def test_records_that_run_task_makes_are_compared(tmp_path):
         def blank(self):
             return None
 
-        def answer(self, states, question):
+        def answer(self, states, questions):
             return ["yes" if state in self.known else "no" for state in states]
 
     def make(sample):

@@ -110,7 +110,7 @@ def test_readings_in_any_order_are_fresh_readings(make_reader, memoryless, fine,
         )
         handed_out.append((state, copied(state)))
         if rng.random() < 0.3:
-            reader.answer([state, state], question())
+            reader.answer([state, state], [question()] * 2)
     for state, copy in handed_out:
         assert_unchanged(state, copy)
 
@@ -289,8 +289,8 @@ def test_states_answered_together_are_answered_alone(make_reader, kind):
     states = [on, off, reader.with_memory_of(off, reader.memory_of(reader.read(text(40, 3), 40)))]
     copies = [copied(s) for s in states]
     free = question(n=20)
-    together = reader.answer(states, free)
-    assert together == [reader.answer([s], free)[0] for s in states]
+    together = reader.answer(states, [free] * len(states))
+    assert together == [reader.answer([s], [free])[0] for s in states]
     assert len(set(together)) == 3
     for state in states:  # written out: greedy, one token after the other
         fork, said, prompt = state.fork(), [], list(free.prompt)
@@ -302,8 +302,8 @@ def test_states_answered_together_are_answered_alone(make_reader, kind):
         assert together[states.index(state)] == Signs().batch_decode([torch.tensor(said)], True)[0].strip()
     # one row's stop is not the others'
     stop = question(n=20, stop=together[0][4])
-    stopped = reader.answer(states, stop)
-    assert stopped == [cut(t, stop.stop) for t in together] == [reader.answer([s], stop)[0] for s in states]
+    stopped = reader.answer(states, [stop] * len(states))
+    assert stopped == [cut(t, stop.stop) for t in together] == [reader.answer([s], [stop])[0] for s in states]
     for state, copy in zip(states, copies, strict=True):
         assert_unchanged(state, copy)
 
@@ -312,38 +312,38 @@ def test_an_answer_ends_when_it_is_decided(make_reader, steps):
     reader = make_reader(HEAD)
     for seed in range(1, 20):  # an answer that does not repeat itself from the start
         state = reader.read(text(40, seed), 40)
-        free = reader.answer([state], question(n=20))[0]
+        free = reader.answer([state], [question(n=20)])[0]
         if len(free) == 20 and len(set(free[:8])) > 3 and free.find(free[2:5]) == 2 and set(free[3:]) - set(free[:3]):
             break
     assert len(set(free[:8])) > 3, free
     seen = steps(reader.model)
-    reader.answer([state], question(n=20))
+    reader.answer([state], [question(n=20)])
     assert seen == [(1, 3), *[(1, 1)] * 19]
     sign = next(c for c in free[3:] if c not in free[:3])
     seen.clear()
-    assert reader.answer([state], question(n=20, stop=sign)) == [free.split(sign)[0].strip()]
+    assert reader.answer([state], [question(n=20, stop=sign)]) == [free.split(sign)[0].strip()]
     assert len(seen) == free.index(sign) + 1
     seen.clear()
-    assert reader.answer([state], question(n=20, answers=(free[2:5],))) == [free[:5].strip()]
+    assert reader.answer([state], [question(n=20, answers=(free[2:5],))]) == [free[:5].strip()]
     assert len(seen) == 5
     seen.clear()
-    reader.answer([state], question(n=20, answers=(free[2:5],), metric="label"))
+    reader.answer([state], [question(n=20, answers=(free[2:5],), metric="label")])
     assert len(seen) == 20  # a further label would make it wrong
 
 
 def test_a_blank_state_answers_from_the_question_alone(make_reader, memoryless):
     reader = make_reader(LAYER)
     asked = question(n=3)  # within the window: no memory is at work
-    before = reader.answer([reader.blank()], asked)
+    before = reader.answer([reader.blank()], [asked])
     reader.read(text(40), 40)
-    assert reader.answer([reader.blank()], asked) == before
-    assert before == SenriReader(memoryless, Signs()).answer([reader.blank()], asked)
+    assert reader.answer([reader.blank()], [asked]) == before
+    assert before == SenriReader(memoryless, Signs()).answer([reader.blank()], [asked])
 
 
 def test_states_of_different_lengths_are_not_answered_together(make_reader):
     reader = make_reader(LAYER)
     with pytest.raises(ValueError, match="same number of tokens"):
-        reader.answer([reader.read(text(20), 20), reader.read(text(20), 19)], question())
+        reader.answer([reader.read(text(20), 20), reader.read(text(20), 19)], [question()] * 2)
 
 
 # (e) full attention -------------------------------------------------------------------------------------------
@@ -376,12 +376,12 @@ def test_full_attention_in_any_order_is_a_fresh_forward(full):
         state = full.read(ids, at)
         assert full.tokens_read - before == at - common_prefix(last, ids[:at])
         last = ids[:at]
-        said = full.answer([state], question(n=6))
+        said = full.answer([state], [question(n=6)])
         assert said == [written_out(full.model, ids[:at], (11, 12, 13), 6)]
         assert full._cache.get_seq_length() == at
         answers.add(said[0])
         if rng.random() < 0.5:  # again, with another question
-            assert full.answer([state], question((20, 21), n=4)) == [written_out(full.model, ids[:at], (20, 21), 4)]
+            assert full.answer([state], [question((20, 21), n=4)]) == [written_out(full.model, ids[:at], (20, 21), 4)]
     assert len(answers) > 3
 
 
@@ -389,9 +389,9 @@ def test_full_attention_has_no_memory_to_swap_and_may_begin_with_nothing(full):
     assert full.memory_of(3) is None
     with pytest.raises(TypeError, match="no memory"):
         full.with_memory_of(3, None)
-    assert full.answer([full.blank()], question(n=5)) == [written_out(full.model, text(0), (11, 12, 13), 5)]
+    assert full.answer([full.blank()], [question(n=5)]) == [written_out(full.model, text(0), (11, 12, 13), 5)]
     state = full.read(text(20), 20)
-    assert full.answer([state], question(n=5)) == [written_out(full.model, text(20), (11, 12, 13), 5)]
+    assert full.answer([state], [question(n=5)]) == [written_out(full.model, text(20), (11, 12, 13), 5)]
 
 
 def test_a_failed_answer_leaves_the_full_cache_as_it_was(full, monkeypatch):
@@ -403,14 +403,14 @@ def test_a_failed_answer_leaves_the_full_cache_as_it_was(full, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_Decided, "__call__", fail)
         with pytest.raises(KeyboardInterrupt):
-            full.answer([state], question(n=5))
+            full.answer([state], [question(n=5)])
     assert full._cache.get_seq_length() == 20
-    assert full.answer([state], question(n=5)) == [written_out(full.model, text(20), (11, 12, 13), 5)]
+    assert full.answer([state], [question(n=5)]) == [written_out(full.model, text(20), (11, 12, 13), 5)]
 
 
 def test_full_attention_knows_the_blank_state_after_a_reading(full):
     full.read(text(20), 20)
-    assert full.answer([full.blank()], question(n=5)) == [written_out(full.model, text(0), (11, 12, 13), 5)]
+    assert full.answer([full.blank()], [question(n=5)]) == [written_out(full.model, text(0), (11, 12, 13), 5)]
 
 
 def test_an_interrupted_reading_of_full_attention_is_not_taken_for_a_whole_one(full, monkeypatch):
@@ -428,7 +428,7 @@ def test_an_interrupted_reading_of_full_attention_is_not_taken_for_a_whole_one(f
         patch.setattr(full.model.model, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
             full.read(b, 60)
-    assert full.answer([full.read(a, 60)], question(n=5)) == [written_out(full.model, a, (11, 12, 13), 5)]
+    assert full.answer([full.read(a, 60)], [question(n=5)]) == [written_out(full.model, a, (11, 12, 13), 5)]
 
 
 def test_an_interrupted_reading_is_taken_up_again(make_reader, fine):
@@ -480,7 +480,15 @@ class Scripted:
 
 def say(model, asked):
     prompt = torch.tensor([asked.prompt] * len(model.rows))
-    return generate(model, Signs(), prompt, None, asked)
+    return generate(model, Signs(), prompt, None, [asked] * len(prompt))
+
+
+def test_each_row_has_a_question_of_its_own():
+    asked = [question(n=8, stop=";"), question(n=3), question(n=8, answers=("see",))]
+    model = Scripted("ab;xxxxx", "cdefghij", "I see no")
+    prompt = torch.tensor([asked[0].prompt] * 3)
+    assert generate(model, Signs(), prompt, None, asked) == ["ab", "cde", "I see"]
+    assert model.steps == 5  # the last one's
 
 
 def test_each_row_ends_at_its_own_stop():
@@ -511,7 +519,7 @@ def test_without_a_stop_the_answer_ends_once_it_is_right():
 
 
 def test_decided_is_said_row_by_row():
-    decided = _Decided(Signs(), 2, question(stop=";"))
+    decided = _Decided(Signs(), 2, [question(stop=";")] * 4)
     signs = lambda said: [ord(c) - 29 for c in said]  # noqa: E731
     rows = torch.tensor([signs(";;ab"), signs("xxa;"), signs("xx;a"), signs("xx  ")])
     assert decided(rows, None).tolist() == [False, True, True, False]

@@ -11,11 +11,12 @@ import pytest
 from senri.data.corpus import Document
 from senri.data.haystack import BookHaystack, encode
 from senri.data.needle_tasks import NIAH
-from senri.data.needles import distance_context, needle_contexts, shared_context
+from senri.data.needles import distance_context, needle_contexts, shared_context, together_contexts
 from senri.data.samples import Context, Question
 from senri.evaluation.recall import distance_section, group, recall_section
 from senri.evaluation.runner import (
     ARMS,
+    AT_ONCE,
     FULL_ATTENTION,
     MEMORY,
     MEMORY_OFF,
@@ -41,6 +42,7 @@ class Planted:
     def __init__(self, tokenizer, *, copies, window=WINDOW, longest=None):
         self.tokenizer, self.copies, self.window, self.longest = tokenizer, copies, window, longest
         self.readings = 0
+        self.answered = []  # rows of each call
 
     def read(self, ids, at, *, memory=True):
         self.readings += 1
@@ -57,8 +59,10 @@ class Planted:
         empty = np.empty(0, dtype=np.int32)
         return (empty, empty)
 
-    def answer(self, states, question):
-        return [self._search(*state, question) for state in states]
+    def answer(self, states, questions):
+        assert len({len(question.prompt) for question in questions}) == 1
+        self.answered.append(len(questions))
+        return [self._search(*state, question) for state, question in zip(states, questions, strict=True)]
 
     def _search(self, memory, window, question):
         asked = self.tokenizer.decode(question.prompt)
@@ -202,6 +206,26 @@ def test_guessable_questions_are_flagged(run, real_tokenizer, single):
     records = run(Guesser(real_tokenizer, copies=False), partial(single, depths=[0.0, 0.5], task="multikey"), samples=4)
     assert any(f.startswith("GUESSABLE") for f in recall_section("Planted", records, WINDOW).flags)
     assert group(records, "length")[1024,].verdict == "nothing shown"
+
+
+def test_questions_at_one_place_with_prompts_of_one_length_are_answered_side_by_side(run, books, real_tokenizer):
+    def together(sample):
+        grid = {"lengths": [1500], "depths": [0.2, 0.6], "seed": 0, "sample": sample}
+        return together_contexts([NIAH["single"], NIAH["multikey"], NIAH["overwritten"]], books, real_tokenizer, **grid)
+
+    def many(sample):  # the same again and again, so that there are more than are answered at once
+        return [replace(context, questions=context.questions * 4) for context in together(sample)]
+
+    planted = Planted(real_tokenizer, copies=True)
+    found = run(planted, many, samples=2)
+    assert len(found) == 24
+    assert max(planted.answered) == 3 * AT_ONCE
+    alone = run(Planted(real_tokenizer, copies=True), together, samples=2, file="alone.jsonl")
+    for record in found:
+        (same,) = [r for r in alone if (r["question"], r["expected"]) == (record["question"], record["expected"])]
+        assert {arm: r["answer"] for arm, r in record["arms"].items()} == {
+            arm: r["answer"] for arm, r in same["arms"].items()
+        }
 
 
 def test_shared_contexts_and_distances_are_recalled_by_the_copier(run, books, real_tokenizer):

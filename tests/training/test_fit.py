@@ -149,6 +149,26 @@ def test_a_gate_is_the_same_whenever_it_is_fitted(make_senri, separable):
     assert not torch.equal(one["in_proj.weight"], other["in_proj.weight"])
 
 
+def test_a_gate_goes_on_from_what_it_is(make_senri, separable):
+    model = make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head")
+    fit_write_gates(model, separable, SETTINGS, 0)
+    memories = model.model.memories.items()
+
+    def logits(gate, index):
+        hidden = separable.hidden[index]
+        return gate.logits(hidden, hidden.roll(-1, 0), separable.surprise)
+
+    with torch.no_grad():
+        before = {index: logits(memory.write_gate, index) for index, memory in memories}
+        fit_write_gates(model, separable, replace(SETTINGS, gate_steps=0), 0, anew=False)
+        for index, memory in memories:  # from the standardised inputs and back
+            torch.testing.assert_close(logits(memory.write_gate, index), before[index], rtol=1e-3, atol=2e-3)
+    first, again = [], []
+    fit_write_gates(model, separable, replace(SETTINGS, gate_steps=1), 0, first.append, anew=False)
+    fit_write_gates(model, separable, replace(SETTINGS, gate_steps=1), 0, again.append)
+    assert all(one["missed"] < 0.2 * other["missed"] for one, other in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("kind", [0, 1])
 def test_without_both_kinds_of_tokens_there_is_nothing_to_learn(make_senri, separable, kind):
     model = make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head")
@@ -434,7 +454,7 @@ def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_readin
     seen, shares, whole, strange, in_sight = set(), set(), 0, 0, 0
     for i in range(800):
         reading.rng = Random(i)
-        text = reading._text()
+        text = reading.draw()
         asked, places = text.asked, [page for page, _ in text.pages]
         assert len(set(places)) == len(places) <= SETTINGS.fact_pages + SETTINGS.plain_pages
         assert all(numbers <= set(range(len(facts[page]))) for page, numbers in text.pages)
@@ -501,7 +521,7 @@ def test_only_what_reads_learns(make_reading, features, context_features, option
 def test_the_loss_falls(make_reading):
     reading = make_reading(steps=30)
     reading.rng = Random(0)
-    texts = [reading._text() for _ in range(4)]
+    texts = [reading.draw() for _ in range(4)]
 
     def loss():
         reading.rng = Random(1)
@@ -518,7 +538,7 @@ def test_a_memory_that_speaks_where_it_knows_nothing_strays_from_the_base(make_r
     texts = []
     for i in range(6):
         reading.rng = Random(i)
-        texts.append(reading._text())
+        texts.append(reading.draw())
     pages = {q.page == -1 for text in texts for q in text.unknown}
     assert pages == {True, False}, "some could be told and are not, some nothing could answer"
     losses = []

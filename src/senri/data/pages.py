@@ -16,8 +16,9 @@ from senri.data.training_chat import PROMPTS
 from senri.data.training_forms import Exchange, Forms
 from senri.data.training_recall import ABOVE, Asked, Recall, labelled, needle, overwritten, whereabouts
 
-GROUPS = {needle: 0.7, overwritten: 0.2, whereabouts: 0.1}  # shares of the groups of facts
+GROUPS = {needle: 0.65, overwritten: 0.2, whereabouts: 0.15}  # shares of the groups of facts
 ROOM = 0.5  # share of a page that facts may take
+FIRST_WORDS = 0.8  # share of the pages that open a text which begin with a fact, one that is asked for
 LEAD = (4, 150)  # tokens of book text before a question, more often few than many
 NO_LEAD = 0.25  # share of the questions without: asked in an empty window, as after the end of a text
 LATE = 0.5  # share of the questions that are asked behind thousands of tokens of book text
@@ -85,7 +86,7 @@ class RecallPages:
     def stream(self, index: int) -> list[Page]:
         """Stream number ``index``: every third one is plain text, and every fifth of these says little again and again.
 
-        Of a stream with facts, each page of the first half opens a text, half of them with a fact: what is said at the
+        Of a stream with facts, each page of the first half opens a text, most of them with a fact: what is said at the
         beginning has nothing before it that it could be known by. The last of them goes on as one text.
 
         Raises:
@@ -103,12 +104,13 @@ class RecallPages:
             if number and opens:  # with a sentence
                 used += int(self.books.cuts(stretch.ids[used : used + self.size])[1])
             recalls = [] if plain else self._recalls(rng)
+            begins = opens and rng.random() < FIRST_WORDS and _ask_first(recalls)
             facts = [labelled(self.tokenizer, told) for recall in recalls for told in recall.told]
             rest = stretch.ids[used:]
             part = stretch._replace(ids=rest, cuts=self.books.cuts(rest))
             # in order, so that what is told again is told later
             places = sorted(rng.random() * self.size for _ in facts)
-            if opens and places and rng.random() < 0.5:
+            if begins:
                 places[0] = 0.0
             ids, spans = plant(part, [Plant(p, f) for p, (f, _) in zip(places, facts, strict=True)], self.size)
             used += self.size - sum(len(f) for f, _ in facts)
@@ -182,6 +184,14 @@ class RecallPages:
         if seen := rng.random() < IN_SIGHT:
             shown.insert(rng.randint(0, len(shown)), own.text)
         return "".join(shown), seen
+
+
+def _ask_first(recalls: list[Recall]) -> bool:
+    """Put a group in front whose first fact is asked for and stays true; whether there is one."""
+    first = next((n for n, r in enumerate(recalls) if any(asked.fact == 0 for asked in r.asked)), None)
+    if first is not None:
+        recalls.insert(0, recalls.pop(first))
+    return first is not None
 
 
 def asked_stem(asked: Asked) -> str:

@@ -7,9 +7,12 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from random import Random
 
 MADE_UP = 0.3  # share of the names and words that are made up
+COMMON = 0.4  # share of the words that are any word of a book, of whatever kind
 FIRST = (
     "Abel", "Adela", "Alice", "Amos", "Anna", "Arthur", "Beatrix", "Benjamin", "Bertha", "Boris", "Bridget", "Caleb",
     "Caspar", "Cora", "Cyril", "Delia", "Dmitri", "Dora", "Edgar", "Eleanor", "Elias", "Enid", "Ernest", "Eva", "Ezra",
@@ -118,8 +121,24 @@ def _person(rng: Random) -> str:
     return f"{_name(FIRST, rng)} {_name(LAST, rng)}"
 
 
+@cache
+def common_words() -> tuple[str, ...]:
+    """Some 4,000 words that novels use in lower case, none of them a noun or adjective of wonderwords' lists, which the
+    held-out passwords are made of (:func:`senri.data.words.random_words`).
+    """
+    return tuple(files("senri.data").joinpath("common_words.txt").read_text("utf-8").split())
+
+
 def _word(rng: Random) -> str:
-    return _made_up(rng) if rng.random() < MADE_UP else rng.choice(WORDS)
+    kind = rng.random()
+    if kind < MADE_UP:
+        return _made_up(rng)
+    return rng.choice(common_words() if kind < MADE_UP + COMMON else WORDS)
+
+
+def _words(rng: Random) -> str:
+    """One word, or two, as passwords and names of ships are."""
+    return rng.choice((_word(rng), f"{_word(rng)}-{_word(rng)}", f"{_word(rng)} {_word(rng)}"))
 
 
 def _letters(rng: Random, count: int) -> str:
@@ -181,7 +200,7 @@ KINDS: dict[str, Callable[[Random], str]] = {
     "moment": _moment,
     "material": lambda rng: rng.choice(MATERIALS),
     "sum": lambda rng: f"{_number(rng)} {rng.choice(COINS)}",
-    "word": lambda rng: rng.choice((_word(rng), f"{_word(rng)}-{_word(rng)}")),
+    "word": _words,
 }
 
 
@@ -400,4 +419,36 @@ TELLINGS: tuple[Telling, ...] = (
             "The secret key for the {key} is:", "key", "animal"),
     Telling(" The badge of {key} was exchanged for {value}.", "For what was the badge of {key} exchanged?",
             "The badge was exchanged for", "code"),
+    Telling(" To open the safe of {key} one turns the wheel to the word {value}.",
+            "Which word opens the safe of {key}?", "The word is", "word", times=2),
+    Telling(" Those who come to see {key} at night must whisper {value}.",
+            "What must those whisper who come to see {key} at night?", "They must whisper", "word", times=2),
+    Telling(" The servants of {key} let nobody in who does not answer {value}.",
+            "With which answer do the servants of {key} let one in?", "The answer is", "word", times=2),
+    Telling(" The telegram that {key} sent said only {value}.", "What did the telegram of {key} say?",
+            "The telegram said", "word"),
+    Telling(" The watchword at the gate of {key} is {value} until the new moon.",
+            "Which watchword is asked for at the gate of {key}?", "The watchword is", "word", times=2),
+    Telling(" In the letters of {key} the money is always called {value}.",
+            "What is the money called in the letters of {key}?", "The money is called", "word"),
+    Telling(" The agents of {key} know each other by the phrase {value}.",
+            "By which phrase do the agents of {key} know each other?", "The phrase is", "word", times=2),
+    Telling(" If you write to {key}, begin the letter with {value}.", "With what should a letter to {key} begin?",
+            "The letter should begin with", "word"),
+    Telling(" Before one may speak to {key} one has to give the countersign {value}.",
+            "Which countersign does one give to speak to {key}?", "The countersign is", "word", times=2),
+    Telling(" Somebody had written in chalk on the door of {key} the word {value}.",
+            "Which word was written on the door of {key}?", "The word was", "word"),
+    Telling(" The parrot of {key} can say {value}.", "What can the parrot of {key} say?", "The parrot can say",
+            "word"),
+    Telling(" What {key} fears above all is {value}.", "What does {key} fear above all?", "{key} fears", "thing"),
+    Telling(" What {key} brought home in the end was {value}.", "What did {key} bring home?", "{key} brought home",
+            "thing"),
+    Telling(" What {key} gave the children for supper was {value}.", "What did {key} give the children for supper?",
+            "{key} gave the children", "dish"),
+    Telling(" The dish that {key} asked for again and again was {value}.", "For which dish did {key} ask?",
+            "{key} asked for", "dish"),
+    Telling(" What {key} became in the end was {value}.", "What did {key} become?", "{key} became", "calling"),
+    Telling(" The place that {key} longs for most is {value}.", "For which place does {key} long?",
+            "{key} longs for", "place"),
 )  # fmt: skip

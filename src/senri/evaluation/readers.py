@@ -45,8 +45,11 @@ class Reader(Protocol):
         """The state before anything is read."""
         ...
 
-    def answer(self, states: Sequence[Any], question: Question) -> list[str]:
-        """What the model writes after the question's prompt, greedily, from each state; the states stay as they are."""
+    def answer(self, states: Sequence[Any], questions: Sequence[Question]) -> list[str]:
+        """What the model writes after each question's prompt, greedily, from its state; the states stay as they are.
+
+        Prompts are of one length.
+        """
         ...
 
 
@@ -124,12 +127,12 @@ class SenriReader:
         """See :class:`Reader`."""
         return self.model.model.new_cache()
 
-    def answer(self, states: Sequence[SenriCache], question: Question) -> list[str]:
+    def answer(self, states: Sequence[SenriCache], questions: Sequence[Question]) -> list[str]:
         """See :class:`Reader`. All states must have read the same number of tokens."""
         cache = SenriCache.concat(states)
         cache.offset = cache.columns  # generate() counts the prompt alone
-        prompt = torch.tensor([question.prompt] * len(states), device=self.model.device)
-        return generate(self.model, self.tokenizer, prompt, cache, question)
+        prompts = torch.tensor([question.prompt for question in questions], device=self.model.device)
+        return generate(self.model, self.tokenizer, prompts, cache, questions)
 
 
 class FullAttentionReader:
@@ -175,13 +178,13 @@ class FullAttentionReader:
         """See :class:`Reader`."""
         return 0
 
-    def answer(self, states: Sequence[int], question: Question) -> list[str]:
+    def answer(self, states: Sequence[int], questions: Sequence[Question]) -> list[str]:
         """See :class:`Reader`; one state."""
-        (at,) = states
+        (at,), (question,) = states, questions
         ids = torch.tensor([[*self._ids[:at].tolist(), *question.prompt]], device=self.model.device)
         self._crop(at)
         try:
-            return generate(self.model, self.tokenizer, ids, self._cache, question)
+            return generate(self.model, self.tokenizer, ids, self._cache, questions)
         finally:
             self._crop(at)
 
@@ -231,8 +234,8 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def generate(model: Any, tokenizer: Any, ids: Tensor, cache: Any, question: Question) -> list[str]:
-    """Greedy continuation of each row of ``ids`` ``[B, T]``, as text.
+def generate(model: Any, tokenizer: Any, ids: Tensor, cache: Any, questions: Sequence[Question]) -> list[str]:
+    """Greedy continuation of each row of ``ids`` ``[B, T]``, one for each question, as text.
 
     Ends early where more tokens could not change the score.
     """
@@ -243,23 +246,25 @@ def generate(model: Any, tokenizer: Any, ids: Tensor, cache: Any, question: Ques
         # nothing of the model's own settings: a repetition penalty would punish what stands in the context
         generation_config=GenerationConfig(
             do_sample=False,
-            max_new_tokens=question.max_new_tokens,
+            max_new_tokens=max(question.max_new_tokens for question in questions),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=model.generation_config.eos_token_id,
         ),
-        stopping_criteria=StoppingCriteriaList([_Decided(tokenizer, ids.shape[1], question)]),
+        stopping_criteria=StoppingCriteriaList([_Decided(tokenizer, ids.shape[1], questions)]),
     )
-    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return [cut(text, question.stop) for text in texts]
+    made = [row[ids.shape[1] :][: q.max_new_tokens] for row, q in zip(out, questions, strict=True)]
+    texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+    return [cut(text, question.stop) for text, question in zip(texts, questions, strict=True)]
 
 
 class _Decided(StoppingCriteria):
-    """Row by row: more tokens would not change the score."""
+    """Row by row: more tokens would not change the score, or there is no room for them."""
 
-    def __init__(self, tokenizer: Any, start: int, question: Question) -> None:
-        self.tokenizer, self.start, self.question = tokenizer, start, question
+    def __init__(self, tokenizer: Any, start: int, questions: Sequence[Question]) -> None:
+        self.tokenizer, self.start, self.questions = tokenizer, start, questions
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
-        done = [decided(text, self.question) for text in texts]
+        made = input_ids.shape[1] - self.start
+        done = [made >= q.max_new_tokens or decided(t, q) for t, q in zip(texts, self.questions, strict=True)]
         return torch.tensor(done, device=input_ids.device)

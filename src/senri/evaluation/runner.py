@@ -24,6 +24,7 @@ QUESTION_ONLY = "question only"  # nothing read: what can be guessed
 FULL_ATTENTION = "full attention"  # the base model with everything in sight, where it fits
 ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, FULL_ATTENTION)
 
+AT_ONCE = 4  # questions that are answered side by side, each by three states
 STRANGER = -1  # number of the sample whose memory is the "other" one
 
 
@@ -123,54 +124,74 @@ class _Runner:
         self._strangers: dict[tuple[int, int], Any] | None = None
 
     def context(self, sample: int, number: int, context: Context) -> Iterator[dict[str, Any] | None]:
-        """A record for each question, None where the log has it."""
+        """A record for each question, None where the log has it; in the order of ``at``, like prompts together."""
+        alike: dict[tuple[int, int], list[int]] = {}
         for index, question in enumerate(context.questions):
-            key = f"{self.task.name}/{sample}/{number}/{index}"
-            digest = sample_digest(context, question)
-            known = self.log.records.get(key)
-            if known is None:
-                yield {"key": key, "prompt_sha256": digest, **self._ask(number, index, context, question)}
-            elif known["prompt_sha256"] != digest:
-                raise ValueError(
-                    f"{self.log.path} holds another sample as {key}: it was made by other code or data, name another "
-                    "folder with -o"
-                )
-            else:
-                yield None
+            alike.setdefault((question.at, len(question.prompt)), []).append(index)
+        for indices in alike.values():
+            missing = []
+            for index in indices:
+                key = f"{self.task.name}/{sample}/{number}/{index}"
+                digest = sample_digest(context, context.questions[index])
+                known = self.log.records.get(key)
+                if known is None:
+                    missing.append((index, {"key": key, "prompt_sha256": digest}))
+                elif known["prompt_sha256"] != digest:
+                    raise ValueError(
+                        f"{self.log.path} holds another sample as {key}: it was made by other code or data, name "
+                        "another folder with -o"
+                    )
+                else:
+                    yield None
+            for start in range(0, len(missing), AT_ONCE):
+                some = missing[start : start + AT_ONCE]
+                records = self._ask(number, [index for index, _ in some], context)
+                yield from ({**name, **record} for (_, name), record in zip(some, records, strict=True))
 
-    def _ask(self, number: int, index: int, context: Context, question: Question) -> dict[str, Any]:
-        ids, at = context.ids, question.at
-        other = self._stranger(number, index)
+    def _ask(self, number: int, indices: Sequence[int], context: Context) -> list[dict[str, Any]]:
+        """Questions with prompts of one length, at one place."""
+        ids, questions = context.ids, [context.questions[index] for index in indices]
+        at = questions[0].at
+        others = [self._stranger(number, index) for index in indices]
         started = time.perf_counter()
         with_memory = self.reader.read(ids, at)
         without = self.reader.read(ids, at, memory=False)
         read = time.perf_counter()
-        states = [with_memory, without, self.reader.with_memory_of(without, other)]
-        texts = dict(zip((MEMORY, MEMORY_OFF, OTHER_MEMORY), self.reader.answer(states, question), strict=True))
+        states = [[with_memory, without, self.reader.with_memory_of(without, other)] for other in others]
+        answers = self.reader.answer([s for three in states for s in three], [q for q in questions for _ in range(3)])
         answered = time.perf_counter()
-        texts[QUESTION_ONLY] = self._guess(question)
-        length = at + len(question.prompt) + question.max_new_tokens
-        if self.full is not None and length <= (self.full.longest or length):
-            texts[FULL_ATTENTION] = self.full.answer([self.full.read(ids, at)], question)[0]
-        return {
-            "task": self.task.name,
-            "cell": dict(question.cell),
-            "tokens": at + len(question.prompt),
-            "source": context.source,
-            "question": self.tokenizer.decode(question.prompt),
-            "expected": list(question.answers),
-            "arms": {
-                arm: {"answer": t, "score": score(t, question), "exact": exact(t, question)} for arm, t in texts.items()
-            },
-            **window_facts(context, question, self.reader.window, self.tokenizer),
-            "read_seconds": read - started,
-            "answer_seconds": answered - read,
-        }
+        guesses = self._guess(questions)
+        records = []
+        for place, question in enumerate(questions):
+            texts = dict(zip((MEMORY, MEMORY_OFF, OTHER_MEMORY), answers[3 * place : 3 * place + 3], strict=True))
+            texts[QUESTION_ONLY] = guesses[place]
+            length = at + len(question.prompt) + question.max_new_tokens
+            if self.full is not None and length <= (self.full.longest or length):
+                texts[FULL_ATTENTION] = self.full.answer([self.full.read(ids, at)], [question])[0]
+            records.append({
+                "task": self.task.name,
+                "cell": dict(question.cell),
+                "tokens": at + len(question.prompt),
+                "source": context.source,
+                "question": self.tokenizer.decode(question.prompt),
+                "expected": list(question.answers),
+                "arms": {
+                    arm: {"answer": t, "score": score(t, question), "exact": exact(t, question)}
+                    for arm, t in texts.items()
+                },
+                **window_facts(context, question, self.reader.window, self.tokenizer),
+                "read_seconds": (read - started) / len(questions),
+                "answer_seconds": (answered - read) / len(questions),
+            })  # fmt: skip
+        return records
 
-    def _guess(self, question: Question) -> str:
-        if question.prompt not in self._guesses:
-            self._guesses[question.prompt] = self.reader.answer([self.reader.blank()], question)[0]
-        return self._guesses[question.prompt]
+    def _guess(self, questions: Sequence[Question]) -> list[str]:
+        """Answers to questions alone; prompts are of one length."""
+        new = {q.prompt: q for q in questions if q.prompt not in self._guesses}
+        if new:
+            said = self.reader.answer([self.reader.blank()] * len(new), list(new.values()))
+            self._guesses.update(zip(new, said, strict=True))
+        return [self._guesses[question.prompt] for question in questions]
 
     def _stranger(self, number: int, index: int) -> Any:
         """The memory at the same place of the extra sample."""

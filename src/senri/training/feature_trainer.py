@@ -45,7 +45,7 @@ def train_on_features(
 
     Args:
         model: converted, float32; trained in place.
-        calibrates: whether the memory's projections are set anew, from the features.
+        calibrates: whether the memory's projections are set anew, from the features, and its write gate begins anew.
         dtype: that the base reads the pages in; the memory learns in float32.
 
     Raises:
@@ -84,7 +84,7 @@ def train_on_features(
             for i, weights in torch.load(folder / GATES, weights_only=True).items():
                 gates[i].load_state_dict(weights)
         elif settings.gate_steps:  # else those that it starts from
-            fit_write_gates(model, features, settings, seed, record)
+            fit_write_gates(model, features, settings, seed, record, anew=calibrates)
             _save({i: gate.state_dict() for i, gate in gates.items()}, folder / GATES)
         model.train()  # a store that is trained as one memory is one
         Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE))

@@ -75,19 +75,32 @@ def prepare(model: SenriForCausalLM, features: Features) -> None:
 
 
 def fit_write_gates(
-    model: SenriForCausalLM, features: Features, settings: FeatureSettings, seed: int, show: Show = lambda entry: None
+    model: SenriForCausalLM,
+    features: Features,
+    settings: FeatureSettings,
+    seed: int,
+    show: Show = lambda entry: None,
+    *,
+    anew: bool = True,
 ) -> None:
     """Train the write gate of every memory in place.
 
     Args:
         show: called now and then with ``stage``, ``step`` and the losses.
+        anew: begin with random weights; else with those that it has.
     """
     for index, memory in model.model.memories.items():
-        _fit_write_gate(memory, features, index, settings, seed, show)
+        _fit_write_gate(memory, features, index, settings, seed, show, anew)
 
 
 def _fit_write_gate(
-    memory: MemoryAttention, features: Features, index: int, settings: FeatureSettings, seed: int, show: Show
+    memory: MemoryAttention,
+    features: Features,
+    index: int,
+    settings: FeatureSettings,
+    seed: int,
+    show: Show,
+    anew: bool,
 ) -> None:
     """Teach one memory's write gate to tell what is asked for from plain text.
 
@@ -101,14 +114,20 @@ def _fit_write_gate(
         raise TrainingError("the pages hold no facts, or nothing but facts: there is nothing to tell apart")
     some = hidden[:: max(len(hidden) // 65536, 1)].float()
     mean, deviation = some.mean(0), some.std(0).clamp(min=1e-6)
-    gate = WriteGate(hidden.shape[1], memory.num_key_value_heads, surprise=memory.write_gate.surprise)
+    target, width = memory.write_gate, hidden.shape[1]
+    gate = WriteGate(width, memory.num_key_value_heads, surprise=target.surprise)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in (gate.in_proj.weight, gate.out_proj.weight):
-            bound = weight.shape[1] ** -0.5
-            weight.copy_(torch.rand(weight.shape, generator=rng) * 2 * bound - bound)
-        gate.in_proj.bias.zero_()
-        gate.out_proj.bias.fill_(-3.0)
+        if anew:
+            for weight in (gate.in_proj.weight, gate.out_proj.weight):
+                bound = weight.shape[1] ** -0.5
+                weight.copy_(torch.rand(weight.shape, generator=rng) * 2 * bound - bound)
+            gate.in_proj.bias.zero_()
+            gate.out_proj.bias.fill_(-3.0)
+        else:
+            gate.load_state_dict(target.state_dict())
+            gate.in_proj.bias.add_(gate.in_proj.weight[:, : 2 * width] @ mean.repeat(2))
+            gate.in_proj.weight[:, : 2 * width].mul_(deviation.repeat(2))
 
     def logits(rows: Tensor) -> Tensor:
         now, after = ((hidden[i].float() - mean) / deviation for i in (rows, rows + 1))
@@ -133,8 +152,6 @@ def _fit_write_gate(
         if step % 100 == 99 or step == settings.gate_steps - 1:
             show({"stage": "write gate", "step": step + 1, "missed": missed.item(), "written": written.item()})
     with torch.no_grad():
-        target = memory.write_gate
-        width = hidden.shape[1]
         target.in_proj.weight.copy_(gate.in_proj.weight)
         target.in_proj.weight[:, : 2 * width] /= deviation.repeat(2)
         target.in_proj.bias.copy_(gate.in_proj.bias - target.in_proj.weight[:, : 2 * width] @ mean.repeat(2))
@@ -266,7 +283,7 @@ class Reading:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
             self.rng = Random(f"{self.seed}/{step}")  # so that going on needs no more than the step
-            losses = self.losses([self._text() for _ in range(settings.texts)])
+            losses = self.losses([self.draw() for _ in range(settings.texts)])
             loss = losses["answers"] + UNKNOWN_WEIGHT * losses["unknown"] + losses["plain text"]
             if "address" in losses:
                 loss = loss + ADDRESS_WEIGHT * losses["address"]
@@ -288,7 +305,7 @@ class Reading:
         for parameter in parameters:
             parameter.grad = None
 
-    def _text(self) -> Text:
+    def draw(self) -> Text:
         """A text by chance. From one fact to all: a memory that holds little must be read as surely as a full one."""
         rng, settings, known = self.rng, self.settings, self.features.facts
         told = rng.sample(self.fact_pages, min(rng.randint(1, settings.fact_pages), len(self.fact_pages)))
