@@ -3,7 +3,8 @@
 ``python benchmarks/ablation.py TRAIN DEV OUT [NAME ...]``. TRAIN, DEV: folders of different books; OUT: where features
 (two GB) and results are kept, so that it can go on; NAME: some of the rows only. Each row is trained as ``senri train``
 trains method features, on fewer pages and with fewer steps, and asked on texts that are put together from DEV's pages
-as training's are: an answer is right when every token of its value is, each after the right ones before it.
+as training's are: an answer is right when every token of its value is, each after the right ones before it. Another
+configuration or other books: another OUT.
 """
 
 from __future__ import annotations

@@ -599,6 +599,13 @@ def test_no_list_has_a_held_out_name(ours, held):
     assert not both[0] & both[1]
 
 
+def test_no_common_word_could_stand_in_a_held_out_password():
+    ours = training_facts.common_words()
+    assert len({*ours}) == len(ours) > 3900
+    assert {*ours}.isdisjoint(words.words_of("noun"))
+    assert {*ours}.isdisjoint(words.words_of("adjective"))
+
+
 def test_no_value_is_a_held_out_one():
     pytest.importorskip("wonderwords")
     adjectives = set(words.words_of("adjective"))

@@ -125,6 +125,9 @@ def _person(rng: Random) -> str:
 def common_words() -> tuple[str, ...]:
     """Some 4,000 words that novels use in lower case, none of them a noun or adjective of wonderwords' lists, which the
     held-out passwords are made of (:func:`senri.data.words.random_words`).
+
+    Of four to ten letters, in two fifths of 82 novels and more, mostly in lower case; by frequency, without the most
+    frequent few hundred.
     """
     return tuple(files("senri.data").joinpath("common_words.txt").read_text("utf-8").split())
 
