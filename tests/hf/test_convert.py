@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import senri
 from senri.hf.base import find_gguf, load_tokenizer, resolve_dtype
-from senri.hf.convert import convert_qwen_to_senri, convert_to_senri
+from senri.hf.convert import convert_qwen_to_senri, convert_to_senri, take_over
 
 OPTIONS = {"sliding_window_size": 16, "num_memory_layers": 1, "first_memory_layer": 1}
 
@@ -35,6 +35,16 @@ def test_from_a_model_and_from_its_folder(make_base, tokens, tmp_path, family):
         parameter.zero_()
     assert base.generation_config.eos_token_id == 2
     assert all(torch.equal(p, weights[name]) for name, p in base.state_dict().items())
+
+
+@torch.no_grad()
+def test_taken_over_weights_exist_once(make_base, tokens):
+    base, ids = make_base("llama", torch.float32), tokens(1, 12)
+    expected, weights = base(ids).logits, base.state_dict()
+    model = take_over(base, **OPTIONS)
+    assert torch.equal(model(ids).logits, expected)
+    ours = model.state_dict()
+    assert all(ours[name].data_ptr() == weight.data_ptr() for name, weight in weights.items())
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from senri.files import fingerprint, write_atomically
-from senri.hf.convert import convert_to_senri, is_added
+from senri.hf.convert import is_added, take_over
 from senri.hf.modeling_senri import SenriForCausalLM
 
 # What an adapter's weights depend on; the rest of the configuration is the base's.
@@ -124,9 +124,10 @@ def has_lora(path: str | Path) -> bool:
 
 @torch.no_grad()
 def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriForCausalLM:
-    """Convert ``base`` (as for ``convert_to_senri``) with the adapter's configuration and put its weights on.
+    """Convert ``base`` with the adapter's configuration and put the adapter's weights on.
 
     Args:
+        base: a loaded model, whose weights become the new model's, or a place, as for ``convert_to_senri``.
         config_overrides: fields of the configuration that change no weight's shape, e.g. ``sliding_window_size``.
 
     Raises:
@@ -136,7 +137,7 @@ def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriF
     if missing := [name for name in CONFIG_FIELDS if name not in header["config"]]:
         raise ValueError(f"{path} was made by an older Senri, which knew no {', '.join(missing)}: train it again")
     try:
-        model = convert_to_senri(base, **{**header["config"], **config_overrides})
+        model = take_over(base, **{**header["config"], **config_overrides})
     except ValueError as error:
         raise ValueError(f"the adapter {path} does not fit this base model: {error}") from None
     if base_fingerprint(model) != header["base_fingerprint"]:

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM, PreTrainedConfig
 
 from senri.hf.adapter import load_adapter, read_adapter_header
-from senri.hf.convert import check_architecture, convert_to_senri, gguf_location, load_pretrained
+from senri.hf.convert import check_architecture, gguf_location, load_pretrained, take_over
 from senri.hf.modeling_senri import SenriForCausalLM
 
 BASE_NAME = "smollm2-135m-instruct"
@@ -103,7 +103,7 @@ def load_model(
     base = load_pretrained(place)
     base = base if dtype is None else base.to(dtype)
     if path is None:
-        return convert_to_senri(base, **config_overrides), tokenizer
+        return take_over(base, **config_overrides), tokenizer
     fixed, owner = read_adapter_header(path)["config"], f"the adapter {path.name}"
     check_same(fixed, config_overrides, owner, "leave it as it is, or set adapter to none")
     return load_adapter(base, path, **config_overrides), tokenizer

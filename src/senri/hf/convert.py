@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -54,24 +55,39 @@ def convert_to_senri(model_or_path: PreTrainedModel | str | Path, **config_overr
     Raises:
         ValueError: another architecture, a path without a model, an impossible configuration.
     """
+    if not isinstance(model_or_path, PreTrainedModel):
+        return take_over(model_or_path, **config_overrides)
+    weights = {name: weight.clone() for name, weight in model_or_path.state_dict().items()}
+    return _with_weights(model_or_path, weights, **config_overrides)
+
+
+def take_over(model_or_path: PreTrainedModel | str | Path, **config_overrides: Any) -> SenriForCausalLM:
+    """:func:`convert_to_senri` where nobody else needs the loaded model: its weights become the new one's, so that they
+    never exist twice.
+    """
     base = model_or_path if isinstance(model_or_path, PreTrainedModel) else load_pretrained(model_or_path)
+    return _with_weights(base, base.state_dict(), **config_overrides)
+
+
+def _with_weights(base: PreTrainedModel, weights: dict[str, Tensor], **config_overrides: Any) -> SenriForCausalLM:
+    """``base`` with memories, made of the very tensors in ``weights``."""
     check_architecture(base.config)
     config = senri_config(base.config, **config_overrides)
     with no_init_weights():  # the base's weights follow
         model = SenriForCausalLM(config)
-    model.tie_weights()
     for memory in model.model.memories.values():
         memory.reset_parameters()
     if model.unigram_cache is not None:
         model.unigram_cache.reset_parameters()
-    model.to(base.dtype)
-    missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)
+    # what stood in their place was never written to, and so never took memory
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     lost = [name for name in missing if not is_added(name) and name != "lm_head.weight"]
     if lost or unexpected:
         raise ValueError(f"the weights do not fit: missing {lost[:3]}, unexpected {list(unexpected)[:3]}")
+    model.tie_weights()
     if base.generation_config is not None:
         model.generation_config = copy.deepcopy(base.generation_config)
-    return model.to(base.device).eval()
+    return model.to(base.device, base.dtype).eval()
 
 
 def convert_qwen_to_senri(model_or_path: PreTrainedModel | str | Path, **config_overrides: Any) -> SenriForCausalLM:
