@@ -44,6 +44,7 @@ class Row(NamedTuple):
     layers: tuple[int, ...] = (14,)
     window: int = 1024
     rate: float = 1.0  # times the learning rates of reading
+    slots: int = 768
 
 
 ROWS = {
@@ -58,6 +59,8 @@ ROWS = {
     "window 512": Row(window=512),
     "learning rates / 3": Row(rate=1 / 3),
     "learning rates x 3": Row(rate=3.0),
+    "256 slots": Row(slots=256),
+    "64 slots": Row(slots=64),
 }
 
 
@@ -70,13 +73,14 @@ class Bench:
         self.settings = dataclasses.replace(settings, gate_steps=GATE_STEPS, steps=STEPS)
         out.mkdir(parents=True, exist_ok=True)
 
-    def model(self, layers: tuple[int, ...], window: int) -> tuple[SenriForCausalLM, Any]:
-        """The base with memories as shipped but in these layers, untrained."""
-        gaps = {b - a for a, b in pairwise(layers)} or {1}
+    def model(self, row: Row) -> tuple[SenriForCausalLM, Any]:
+        """The base with this row's memories, untrained."""
+        gaps = {b - a for a, b in pairwise(row.layers)} or {1}
         assert len(gaps) == 1, "memory layers are evenly spaced"
         changed = {
-            "num_memory_layers": len(layers), "first_memory_layer": layers[0], "memory_layer_interval": min(gaps),
-            "sliding_window_size": window, "unigram_cache": False,
+            "num_memory_layers": len(row.layers), "first_memory_layer": row.layers[0],
+            "memory_layer_interval": min(gaps), "sliding_window_size": row.window, "memory_num_slots": row.slots,
+            "unigram_cache": False,
         }  # fmt: skip
         overrides = {**self.config.senri_overrides(), **changed}
         model, tokenizer = load_model(self.config.base_model_name, "float32", "none", **overrides)
@@ -87,7 +91,7 @@ class Bench:
         layers = ALL_LAYERS if row.window == Row().window else row.layers
         path = self.out / f"{part}-{row.window}.pt"
         if not path.is_file():
-            model, tokenizer = self.model(layers, row.window)
+            model, tokenizer = self.model(row._replace(layers=layers))
             seed, streams = (SEED, STREAMS) if part == "train" else (DEV_SEED, DEV_STREAMS)
             source = RecallPages(
                 load_documents([self.folders[part]]), tokenizer, size=self.settings.page_size,
@@ -103,7 +107,7 @@ class Bench:
     def run(self, name: str) -> dict[str, Any]:
         """Train one row and ask it."""
         row, started = ROWS[name], time.perf_counter()
-        model, _ = self.model(row.layers, row.window)
+        model, _ = self.model(row)
         settings = dataclasses.replace(
             self.settings,
             learning_rate=self.settings.learning_rate * row.rate,

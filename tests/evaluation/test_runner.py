@@ -13,6 +13,7 @@ from senri.data.haystack import BookHaystack, encode
 from senri.data.needle_tasks import NIAH
 from senri.data.needles import distance_context, needle_contexts, shared_context, together_contexts
 from senri.data.samples import Context, Question
+from senri.evaluation import runner
 from senri.evaluation.recall import distance_section, group, recall_section
 from senri.evaluation.runner import (
     ARMS,
@@ -130,6 +131,16 @@ def test_another_memory_answers_with_the_other_texts_fact(run, real_tokenizer, s
     for record, context in zip(records, stranger, strict=True):
         if not record["in_window"]:
             assert record["arms"][OTHER_MEMORY]["answer"].rstrip(".") == context.questions[0].answers[0]
+
+
+def test_of_another_text_no_more_is_read_than_its_limit(run, real_tokenizer, single, monkeypatch):
+    def others(file):
+        records = run(Planted(real_tokenizer, copies=True), single, file=file)
+        return [(r["arms"][OTHER_MEMORY], r["arms"][MEMORY_OFF]) for r in records]
+
+    assert any(other != off for other, off in others("whole.jsonl"))
+    monkeypatch.setattr(runner, "STRANGER_TOKENS", 0)
+    assert all(other == off for other, off in others("nothing.jsonl"))
 
 
 def test_an_amnesiac_scores_its_window_over_the_length(run, real_tokenizer, single):

@@ -26,6 +26,7 @@ ARMS = (MEMORY, MEMORY_OFF, OTHER_MEMORY, QUESTION_ONLY, FULL_ATTENTION)
 
 AT_ONCE = 4  # questions that are answered side by side, each by three states
 STRANGER = -1  # number of the sample whose memory is the "other" one
+STRANGER_TOKENS = 65536  # read of it at most: what it might give away is known by then, and a million take half an hour
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,10 @@ class _Runner:
         return [self._guesses[question.prompt] for question in questions]
 
     def _stranger(self, number: int, index: int) -> Any:
-        """The memory at the same place of the extra sample."""
+        """The memory at the same place of the extra sample, or as it is after :data:`STRANGER_TOKENS`."""
         if self._strangers is None:
             self._strangers = {
-                (n, i): self.reader.memory_of(self.reader.read(context.ids, question.at))
+                (n, i): self.reader.memory_of(self.reader.read(context.ids, min(question.at, STRANGER_TOKENS)))
                 for n, context in enumerate(self.task.make(STRANGER))
                 for i, question in enumerate(context.questions)
             }
