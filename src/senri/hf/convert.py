@@ -99,7 +99,8 @@ def convert_qwen_to_senri(model_or_path: PreTrainedModel | str | Path, **config_
     base = model_or_path if isinstance(model_or_path, PreTrainedModel) else load_pretrained(model_or_path)
     if base.config.model_type != "qwen2":
         raise ValueError(f"this is a {base.config.model_type!r} model, not qwen2: use convert_to_senri()")
-    return convert_to_senri(base, **config_overrides)
+    convert = convert_to_senri if base is model_or_path else take_over
+    return convert(base, **config_overrides)
 
 
 def senri_config(base: PreTrainedConfig, **overrides: Any) -> SenriConfig:
