@@ -163,8 +163,9 @@ def test_another_tokenizer_is_refused(make_senri, tokens, tmp_path, real_tokeniz
 
 
 def test_another_format_version_is_refused_by_name(saved, make_senri, monkeypatch):
-    monkeypatch.setattr(memory_file, "FORMAT_VERSION", 3)
-    with pytest.raises(MemoryFileError, match="format_version is 2 in the file, 3 here"):
+    version = memory_file.FORMAT_VERSION
+    monkeypatch.setattr(memory_file, "FORMAT_VERSION", version + 1)
+    with pytest.raises(MemoryFileError, match=f"format_version is {version} in the file, {version + 1} here"):
         make_senri().load_memory(saved[1])
 
 

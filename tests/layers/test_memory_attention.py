@@ -53,7 +53,7 @@ def make_memory():
 )
 def test_a_write_gate_reaches_0_and_1(make_write_gate, logit, expected):
     gate = make_write_gate(logit)
-    strength = gate(random(1, 5, 4), random(1, 5, 4, seed=1))
+    strength = gate.strength(gate(random(1, 5, 4), random(1, 5, 4, seed=1)))
     assert strength.shape == (1, 5, 2)
     if expected in (0.0, 1.0):
         assert (strength == expected).all(), "to the last bit"
@@ -64,14 +64,14 @@ def test_a_write_gate_reaches_0_and_1(make_write_gate, logit, expected):
 
 def test_the_logits_learn_where_the_gate_is_shut(make_write_gate):
     gate = make_write_gate(-50.0)
-    gate.logits(random(1, 5, 4), random(1, 5, 4, seed=1)).sum().backward()
+    gate(random(1, 5, 4), random(1, 5, 4, seed=1)).sum().backward()
     assert (gate.out_proj.bias.grad == 5).all()
 
 
 def test_a_new_write_gate_writes_everything(make_write_gate):
     gate = make_write_gate(0.0)
     gate.reset_parameters()
-    strength = gate(random(1, 50, 4), random(1, 50, 4, seed=1))
+    strength = gate.strength(gate(random(1, 50, 4), random(1, 50, 4, seed=1)))
     assert strength.min() > 0.9
 
 
@@ -79,9 +79,26 @@ def test_a_write_gate_sees_the_token_the_next_one_and_the_surprise(make_write_ga
     gate = make_write_gate(0.0, surprise=True)
     torch.nn.init.normal_(gate.out_proj.weight)
     now, after, surprise = random(1, 3, 4), random(1, 3, 4, seed=1), random(1, 3, seed=2).abs()
-    first = gate.logits(now, after, surprise)
+    first = gate(now, after, surprise)
     for changed in ((now + 1, after, surprise), (now, after + 1, surprise), (now, after, surprise + 1)):
-        assert (gate.logits(*changed) - first).abs().min() > 1e-4
+        assert (gate(*changed) - first).abs().min() > 1e-4
+
+
+def test_what_the_gate_is_surest_of_stays_though_all_gates_are_1(make_memory):
+    memory = make_memory(rule="slot", num_slots=4, conv_size=0, start=True)
+    logits = torch.tensor([9.0, 4.0, 25.0, 3.0, 6.0, 12.0, 5.0, 3.0, 7.0, 200.0])
+    memory.write_gate.forward = lambda hidden, following, surprise=None: logits[None, :, None].double()
+    steps = len(logits)
+    assert (memory.write_gate.strength(logits) == 1).all()
+    inputs = MemoryStream(torch.ones(1, memory.window + steps, dtype=torch.bool), torch.arange(13)[None] % 11, None)
+    state = memory.init_state(1, torch.float64, torch.device("cpu"))
+    state = state._replace(recent=random(1, memory.window, 8))
+    _, after = memory(random(1, steps, 8, seed=1), inputs, state, random(11, 8, seed=3))
+    kept = after.memory.slots.importance[0, 0]
+    torch.testing.assert_close(kept, torch.tensor([9.0, 25.0, 12.0, 80.0]).double().exp())
+    assert memory.write(
+        random(1, steps, 8, seed=1), inputs, state, random(11, 8, seed=3)
+    ).memory.slots.importance.equal(after.memory.slots.importance), "and so it is when nothing is read"
 
 
 def test_gates_are_not_left_to_half_precision(make_write_gate):

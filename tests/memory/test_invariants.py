@@ -68,6 +68,8 @@ class Case:
             self.options["slot"] = SlotParameters(*(x + 0.1 * randn(H).abs() for x in (4.0, 0.3, 5.0)))
             if draw(st.booleans()):
                 self.gates["null"] = randn(B, T, H * G)
+            if draw(st.booleans()):
+                self.gates["importance"] = torch.rand(B, T, H, generator=gen, dtype=dtype)
         if draw(st.booleans()):
             self.gates["beta"] = randn(B, T, H).sigmoid()
             if draw(st.booleans()):  # a write gate that closes
@@ -324,6 +326,7 @@ def test_state_knows_its_size_and_moves():
         ({"rule": "hebb"}, "rule 'hebb' is not one of: linear, delta, delta_token, gated_delta, slot"),
         ({"feature_map": "exp"}, "feature_map 'exp' is not one of"),
         ({"rule": "delta_token", "log_alpha": torch.zeros(1, 4, 2)}, "has no forget gate"),
+        ({"rule": "delta", "importance": torch.ones(1, 4, 2)}, "gives up no slots"),
         ({"delay": -1}, "delay must be >= 0"),
         ({"cu_seqlens": torch.tensor([0, 3])}, "cu_seqlens needs one packed row"),
         ({"cu_seqlens": torch.tensor([1, 4])}, "must begin at 0"),

@@ -15,11 +15,11 @@ def eye(n):
     return torch.eye(n, dtype=torch.float64)
 
 
-def write(keys, values, num_slots, beta=None, state=None):
+def write(keys, values, num_slots, beta=None, state=None, **gates):
     """Pairs ``[T, D]`` written one by one; the state."""
-    beta = None if beta is None else torch.tensor(beta, dtype=torch.float64)[None, :, None]
+    gates = {n: torch.tensor(x, dtype=torch.float64)[None, :, None] for n, x in {"beta": beta, **gates}.items() if x}
     k, v = keys[None, :, None], values[None, :, None]
-    return scan(torch.zeros_like(k), k, v, state, rule="slot", num_slots=num_slots, slot=SHARP, beta=beta)[1]
+    return scan(torch.zeros_like(k), k, v, state, rule="slot", num_slots=num_slots, slot=SHARP, **gates)[1]
 
 
 def ask(state, queries, null=10.0):
@@ -89,6 +89,24 @@ def test_what_was_written_weakly_gives_way_first():
     assert (ask(state, keys).diagonal() > 0.99).tolist() == [True, True, False, True, True]
 
 
+@pytest.mark.parametrize("pieces", [[6], [2, 4], [1] * 6])
+def test_what_matters_least_gives_way_first_however_strong(pieces):
+    keys, importance, state, done = eye(6), [0.5, 0.9, 0.2, 0.8, 0.3, 0.7], None, 0
+    for part in keys.split(pieces):
+        state = write(part, part, num_slots=3, state=state, importance=importance[done : done + len(part)])
+        done += len(part)
+    # the third one goes when the fourth comes... and so on; what is new always finds a place
+    assert (ask(state, keys).diagonal() > 0.99).tolist() == [False, True, False, True, False, True]
+    assert state.slots.importance[0, 0].tolist() == [0.9, 0.8, 0.7]
+    assert (state.slots.strength == 1).all(), "reading does not know of it"
+
+
+def test_what_was_replaced_gives_way_before_what_matters_less():
+    keys = eye(4)[[0, 1, 0, 2, 3]]
+    state = write(keys, keys, num_slots=3, importance=[1.0, 0.1, 1.0, 0.5, 0.5])
+    assert (ask(state, eye(4)).diagonal() > 0.99).tolist() == [True, False, True, True]
+
+
 def test_slots_stand_in_the_order_of_their_writing():
     state = write(eye(6)[:4], eye(6)[:4], num_slots=6)
     torch.testing.assert_close(state.slots.K[0, 0, 2:], eye(6)[:4], **EXACT)
@@ -131,6 +149,6 @@ def test_padding_is_no_end_of_a_run():
 
 def test_a_state_says_how_large_it_is():
     state = write(eye(6), eye(6), num_slots=10)
-    assert state.nbytes == 10 * (6 + 6 + 1 + 1) * 8 + 1 + 8
+    assert state.nbytes == 10 * (6 + 6 + 1 + 1 + 1) * 8 + 1 + 8
     with pytest.raises(ValueError, match="made by another rule than 'delta_token'"):
         scan(*(torch.zeros(1, 1, 1, 6, dtype=torch.float64) for _ in range(3)), state, rule="delta_token")

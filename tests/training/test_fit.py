@@ -62,7 +62,7 @@ def write_some(model, features):
     for index, memory in model.model.memories.items():
         gate, hidden = memory.write_gate, features.hidden[index]
         gate.out_proj.weight *= 8
-        logits = gate.logits(hidden[:-1], hidden[1:], features.surprise[:-1])
+        logits = gate(hidden[:-1], hidden[1:], features.surprise[:-1])
         gate.out_proj.bias -= logits.quantile(0.75, 0) + math.log(11)  # below: exactly 0
     return model
 
@@ -127,15 +127,15 @@ def test_a_gate_is_shut_for_plain_text_and_open_for_what_is_asked(make_senri, se
     for (index, memory), gate in zip(model.model.memories.items(), learned, strict=True):
         hidden, surprise = separable.hidden[index], separable.surprise
         with torch.no_grad():
-            strength = memory.write_gate(hidden, hidden.roll(-1, 0), surprise)
+            strength = memory.write_gate.strength(memory.write_gate(hidden, hidden.roll(-1, 0), surprise))
             assert (strength[plain] == 0).all()
             assert strength[asked].min() > 0.5
             # the weights that are left take the inputs as they are
             double = hidden.double()
             standard = (double - double.mean(0)) / double.std(0)
-            expected = gate.double().logits(standard, standard.roll(-1, 0), surprise.double())
+            expected = gate.double()(standard, standard.roll(-1, 0), surprise.double())
             raw = copy.deepcopy(memory.write_gate).double()
-            found = raw.logits(double, double.roll(-1, 0), surprise.double())
+            found = raw(double, double.roll(-1, 0), surprise.double())
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
@@ -156,7 +156,7 @@ def test_a_gate_goes_on_from_what_it_is(make_senri, separable):
 
     def logits(gate, index):
         hidden = separable.hidden[index]
-        return gate.logits(hidden, hidden.roll(-1, 0), separable.surprise)
+        return gate(hidden, hidden.roll(-1, 0), separable.surprise)
 
     with torch.no_grad():
         before = {index: logits(memory.write_gate, index) for index, memory in memories}
@@ -289,7 +289,8 @@ def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pag
         last = rows.stop - 1
         for index, memory in model.model.memories.items():
             row = features.hidden[index][last]
-            if memory.write_gate(row, torch.zeros_like(row), features.surprise[last]).any():
+            gate = memory.write_gate
+            if gate.strength(gate(row, torch.zeros_like(row), features.surprise[last])).any():
                 break  # features leave out what nothing follows
         else:
             told = [(p, frozenset(range(len(features.facts[p])))) for p in mine]

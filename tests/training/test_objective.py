@@ -58,7 +58,7 @@ def test_the_write_loss_is_that_of_every_labelled_token(make_gated, verses, piec
     losses = []
     for i, memory in model.model.memories.items():
         following = F.pad(inputs[i][:, 1:], (0, 0, 0, 1))  # nothing follows the last token
-        logits = memory.write_gate.logits(inputs[i], following)
+        logits = memory.write_gate(inputs[i], following)
         losses.append(F.binary_cross_entropy_with_logits(logits, target.expand_as(logits)))
     expected = torch.stack(losses).mean()
     assert sums["write_loss"] == pytest.approx(expected.item(), rel=1e-6)

@@ -19,7 +19,7 @@ from senri.hf.decoder import build_store
 from senri.memory.rules import RULES
 from senri.memory.state import MemoryState, Slots, named_tensors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Fields of the header that must equal the model's, and what they are called in a message.
 _MUST_MATCH = (
     "format_version",

@@ -61,8 +61,8 @@ class WriteGate(nn.Module):
         nn.init.zeros_(self.out_proj.weight)
         nn.init.constant_(self.out_proj.bias, 2.0)  # gate 0.96, slope 0.13
 
-    def logits(self, hidden: Tensor, following: Tensor, surprise: Tensor | None = None) -> Tensor:
-        """``[B, T, memories]``, at least float32.
+    def forward(self, hidden: Tensor, following: Tensor, surprise: Tensor | None = None) -> Tensor:
+        """Logits ``[B, T, memories]``, at least float32.
 
         Args:
             hidden: the layer's inputs ``[B, T, hidden]``; following: those of the token after each.
@@ -74,10 +74,16 @@ class WriteGate(nn.Module):
             parts.append(surprise[..., None].to(hidden.dtype))
         return _full(self.out_proj(F.gelu(self.in_proj(torch.cat(parts, -1)))))
 
-    def forward(self, hidden: Tensor, following: Tensor, surprise: Tensor | None = None) -> Tensor:
-        """The gates ``[B, T, memories]``; arguments as for :meth:`logits`."""
+    @staticmethod
+    def strength(logits: Tensor) -> Tensor:
+        """Of logits the gates, in [0, 1]."""
         low, high = STRETCH
-        return ((high - low) * self.logits(hidden, following, surprise).sigmoid() + low).clamp(0.0, 1.0)
+        return ((high - low) * logits.sigmoid() + low).clamp(0.0, 1.0)
+
+    @staticmethod
+    def importance(logits: Tensor) -> Tensor:
+        """Of logits the odds, which tell pairs apart whose gates are 1: see :func:`senri.memory.scan`."""
+        return logits.clamp(max=80.0).exp()  # a float32 holds exp(88)
 
 
 class ReadGate(nn.Module):
@@ -188,6 +194,7 @@ class Leaving(NamedTuple):
     k: Tensor  # [B, T, H * D]
     v: Tensor  # [B, T, H * D]
     beta: Tensor | None  # [B, T, H]
+    importance: Tensor | None  # [B, T, H], of rule slot
     log_alpha: Tensor | None  # [B, T, H]
     valid: Tensor  # [B, T] bool
 
@@ -418,8 +425,8 @@ class MemoryAttention(nn.Module):
         pairs = writing.pairs
         out, memory = self.write_and_read(
             self._over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, writing.memory,
-            beta=pairs.beta, log_alpha=pairs.log_alpha, mask=pairs.valid, null=self._null(hidden),
-            expand=self._expand(hidden), slot=writing.slot,
+            beta=pairs.beta, importance=pairs.importance, log_alpha=pairs.log_alpha, mask=pairs.valid,
+            null=self._null(hidden), expand=self._expand(hidden), slot=writing.slot,
         )  # fmt: skip
         new_state = MemoryLayerState(memory if self.writes else None, recent)
         if self.readout == "mix":
@@ -457,7 +464,7 @@ class MemoryAttention(nn.Module):
             pairs = Leaving(*(None if x is None else x[:, some] for x in pairs))  # type: ignore[arg-type]
         _, memory = self.write_and_read(
             pairs.k.new_zeros(*pairs.k.shape[:2], self.num_heads * self.head_dim), pairs.k, pairs.v, state.memory,
-            beta=pairs.beta, log_alpha=pairs.log_alpha, mask=pairs.valid,
+            beta=pairs.beta, importance=pairs.importance, log_alpha=pairs.log_alpha, mask=pairs.valid,
         )  # fmt: skip
         memory = memory._replace(written=state.memory.written + count)
         return MemoryLayerState(memory, inputs[:, steps:])
@@ -468,11 +475,13 @@ class MemoryAttention(nn.Module):
         """What leaves the window while the last ``steps`` of ``inputs`` ``[B, W + K - 1 + T, hidden]`` come in."""
         past = slice(0, steps + self.taps - 1)  # of what leaves, and before
         part = slice(self.taps - 1, past.stop)
-        beta = self._write_strength(inputs, stream, steps)
+        logits = self._write_logits(inputs, stream, steps)
+        beta = None if logits is None else self.write_gate.strength(logits)
         return Leaving(
             self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0),
             self._values(inputs[:, past], stream, embedding),
             beta,
+            None if logits is None or self.rule != "slot" else self.write_gate.importance(logits),
             self._log_forget(inputs[:, part], stream.valid[:, part], memory.written),
             stream.valid[:, part],
         )
@@ -485,6 +494,7 @@ class MemoryAttention(nn.Module):
         state: MemoryState | None = None,
         *,
         beta: Tensor | None = None,
+        importance: Tensor | None = None,
         log_alpha: Tensor | None = None,
         mask: Tensor | None = None,
         null: Tensor | None = None,
@@ -507,8 +517,8 @@ class MemoryAttention(nn.Module):
         return scan(
             q, k, v, state, rule=self.rule, feature_map=self.feature_map,
             chunk_size=self.chunk_size, segment_size=self.segment_size, num_slots=self.num_slots,
-            slot=self._slot_of(slot), beta=beta, log_alpha=log_alpha, mask=mask, null=null,
-            store=self.store_in(self.training), expand=expand,
+            slot=self._slot_of(slot), beta=beta, importance=importance, log_alpha=log_alpha, mask=mask,
+            null=null, store=self.store_in(self.training), expand=expand,
         )  # fmt: skip
 
     def read_all(self, q: Tensor, hidden: Tensor, state: MemoryState) -> Tensor:
@@ -606,8 +616,8 @@ class MemoryAttention(nn.Module):
         assert stream.ids is not None
         return self.embedded(stream.ids[:, part], embedding)
 
-    def _write_strength(self, inputs: Tensor, stream: MemoryStream, steps: int) -> Tensor | None:
-        """Gates ``[B, T, H]`` of the leaving tokens; ``inputs`` ``[B, W + K - 1 + T, hidden]``."""
+    def _write_logits(self, inputs: Tensor, stream: MemoryStream, steps: int) -> Tensor | None:
+        """Of the gates, ``[B, T, H]``, of the leaving tokens; ``inputs`` ``[B, W + K - 1 + T, hidden]``."""
         if not self.selective:
             return None
         part = slice(self.taps - 1, self.taps - 1 + steps)

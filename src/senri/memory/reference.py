@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from senri.memory.feature_maps import FEATURE_MAPS, feature_dim
-from senri.memory.reference_memory import HeadMemories
+from senri.memory.reference_memory import Gates, HeadMemories
 from senri.memory.rules import RULES, SlotParameters
 from senri.memory.state import MemoryState, Pending, Slots, map_tensors
 from senri.memory.stores import Store
@@ -28,6 +28,7 @@ def scan(
     chunk_size: int = 64,
     segment_size: int = 2048,
     beta: Tensor | None = None,
+    importance: Tensor | None = None,
     log_alpha: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -49,6 +50,7 @@ def scan(
         ones if beta is None else beta.double(),
         0 * ones if log_alpha is None else log_alpha.double(),
         torch.ones(batch, steps, dtype=torch.bool) if mask is None else mask.bool(),
+        ones if importance is None else importance.double(),
     )
     spans = [(row, 0, steps) for row in range(batch)]
     if cu_seqlens is not None:
@@ -74,25 +76,28 @@ def scan(
         outputs.append(out)
         states.append(after)
     out = torch.cat(outputs)[None] if cu_seqlens is not None else torch.stack(outputs)
-    has_gates = (beta is not None, log_alpha is not None)
-    return out, _stack(states, delay, has_gates)
+    given = [
+        name
+        for name, gate in (("beta", beta), ("log_alpha", log_alpha), ("importance", importance))
+        if gate is not None
+    ]
+    return out, _stack(states, delay, given)
 
 
 def _row(state: MemoryState, row: int) -> MemoryState:
     return map_tensors(lambda t: t[row], state)
 
 
-def _stack(states: list[MemoryState], delay: int, has_gates: tuple[bool, bool]) -> MemoryState:
+def _stack(states: list[MemoryState], delay: int, given: list[str]) -> MemoryState:
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.stack(tensors)  # type: ignore[arg-type]
 
     M, z, M_segment, z_segment, written = (stack([s[i] for s in states]) for i in range(5))  # type: ignore[misc]
     pending = None
     if delay:
-        lines = [stack([s.pending[i] for s in states]) for i in range(5)]  # type: ignore[index]
-        lines[2] = lines[2] if has_gates[0] else None
-        lines[3] = lines[3] if has_gates[1] else None
-        pending = Pending(*lines)  # type: ignore[arg-type]
+        lines = {name: stack([getattr(s.pending, name) for s in states]) for name in Pending._fields}
+        absent = {"beta", "log_alpha", "importance"}.difference(given)
+        pending = Pending(**{**lines, **dict.fromkeys(absent)})  # type: ignore[arg-type]
     slots = None
     if states[0].slots is not None:
         slots = Slots(*(torch.stack(parts) for parts in zip(*(s.slots for s in states), strict=True)))  # type: ignore[misc]
@@ -124,12 +129,13 @@ def _scan_row(
     outputs = []
     for t in range(q.shape[0]):
         queue.append([x[t] for x in stream])  # type: ignore[index]
-        k, v, beta, log_alpha, valid = queue.pop(0)
+        k, v, beta, log_alpha, valid, importance = queue.pop(0)
         for h, memory in enumerate(memories):
             if valid:
                 if written % segment_size == 0:
                     memory.begin_segment()
-                memory.write(k[h], sigma(k[h]), v[h], beta[h], log_alpha[h].exp(), gated, written)
+                gates = Gates(beta[h], log_alpha[h].exp(), importance[h])
+                memory.write(k[h], sigma(k[h]), v[h], gates, gated, written)
         written += int(valid)
         reads = [
             memories[h // group].read(q[t, h], sigma(q[t, h]), null[t, h], expand[t, h], written)
@@ -137,7 +143,7 @@ def _scan_row(
         ]
         outputs.append(torch.stack(reads))
     out = torch.stack(outputs) if outputs else q.new_zeros(0, q.shape[1], stream.v.shape[-1])
-    pending = Pending(*(torch.stack([item[i] for item in queue]) for i in range(5))) if delay else None
+    pending = Pending(*(torch.stack(parts) for parts in zip(*queue, strict=True))) if delay else None
     return out, HeadMemories.join(memories, torch.tensor(written), pending)
 
 
@@ -149,6 +155,7 @@ def _unqueue(pending: Pending | None, stream: Pending, delay: int) -> list[list[
         torch.ones(heads, dtype=torch.float64),
         torch.zeros(heads, dtype=torch.float64),
         torch.tensor(False),
+        torch.ones(heads, dtype=torch.float64),
     ]
     if pending is None:
         return [list(empty) for _ in range(delay)]
@@ -159,6 +166,7 @@ def _unqueue(pending: Pending | None, stream: Pending, delay: int) -> list[list[
             empty[2] if pending.beta is None else pending.beta[i].double(),
             empty[3] if pending.log_alpha is None else pending.log_alpha[i].double(),
             pending.valid[i],
+            empty[5] if pending.importance is None else pending.importance[i].double(),
         ]
         for i in range(delay)
     ]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from senri.memory.rules import SlotParameters
 from senri.memory.state import MemoryState, Pending, Slots
 from senri.memory.stores import Banks, Hierarchical, Routed, Store
+
+
+class Gates(NamedTuple):
+    """Of one pair, scalars."""
+
+    beta: Tensor
+    alpha: Tensor
+    importance: Tensor
 
 
 class Memory:
@@ -20,6 +30,7 @@ class Memory:
         self.sharpness, self.same_at, self.slope = (x[head].double() for x in slot)
         self.K = None if state.slots is None else state.slots.K[head].double()
         self.strength = None if state.slots is None else state.slots.strength[head].double()
+        self.importance = None if state.slots is None else state.slots.importance[head].detach().double()
         self.run = None if state.slots is None else state.slots.run[head]
         self.running = None if state.slots is None else state.slots.running[head]
         self.M = state.M[place].double()
@@ -35,10 +46,11 @@ class Memory:
         if self.M_segment is not None:
             self.M_segment, self.z_segment = self.M, self.z
 
-    def write(self, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor, gated: bool) -> None:
+    def write(self, k: Tensor, v: Tensor, gates: Gates, gated: bool) -> None:
+        beta, alpha, importance = gates
         if self.K is not None:
             if beta > 0:
-                self._write_slot(self._unit(k), v, beta, gated and bool(self.running))
+                self._write_slot(self._unit(k), v, beta, importance, gated and bool(self.running))
             self.running = beta > 0
             return
         if self.rule in ("delta_token", "gated_delta"):
@@ -54,22 +66,25 @@ class Memory:
         self.M = alpha * self.M + beta * torch.outer(v, k)
         self.z = alpha * self.z + beta * k
 
-    def _write_slot(self, k: Tensor, v: Tensor, beta: Tensor, goes_on: bool) -> None:
+    def _write_slot(self, k: Tensor, v: Tensor, beta: Tensor, importance: Tensor, goes_on: bool) -> None:
         assert self.K is not None
         assert self.strength is not None
+        assert self.importance is not None
         assert self.run is not None
         run = self.run[-1] if goes_on else self.run[-1] + 1
         left = [
             s if n == run else s * (1 - beta * torch.sigmoid(self.slope * (torch.dot(k, other) - self.same_at)))
             for s, n, other in zip(self.strength, self.run, self.K, strict=True)
         ]
-        place = min(range(len(left)), key=lambda n: float(left[n].detach()))  # the first of the weakest
+        worth = list(self.importance)
+        # the first of those worth least
+        place = min(range(len(left)), key=lambda n: float((left[n] * worth[n]).detach()))
         keys, values, runs = list(self.K), list(self.M.T), list(self.run)
-        for slots, new in ((left, beta), (keys, k), (values, v), (runs, run)):
+        for slots, new in ((left, beta), (worth, importance.detach()), (keys, k), (values, v), (runs, run)):
             del slots[place]
             slots.append(new)
         self.strength, self.K, self.M = torch.stack(left), torch.stack(keys), torch.stack(values, 1)
-        self.run = torch.stack(runs)
+        self.run, self.importance = torch.stack(runs), torch.stack(worth)
 
     def read(self, q: Tensor, null: Tensor) -> Tensor:
         if self.K is not None:
@@ -108,16 +123,14 @@ class HeadMemories:
         for memory in self.memories:
             memory.begin_segment()
 
-    def write(
-        self, key: Tensor, sigma_k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor, gated: bool, written: int
-    ) -> None:
+    def write(self, key: Tensor, sigma_k: Tensor, v: Tensor, gates: Gates, gated: bool, written: int) -> None:
         """``key`` is the key itself, ``written`` the number of pairs before it."""
         target = self._target(key, written)
         for i, memory in enumerate(self.memories):
             if i == target:
-                memory.write(sigma_k, v, beta, alpha, gated)
+                memory.write(sigma_k, v, gates, gated)
             else:
-                memory.forget(alpha)
+                memory.forget(gates.alpha)
 
     def _target(self, key: Tensor, written: int) -> int:
         segment = written // self.segment_size

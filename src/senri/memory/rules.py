@@ -23,6 +23,7 @@ class Chunk(NamedTuple):
     beta: Tensor  # [B, H, C]
     log_alpha: Tensor | None  # [B, H, C], <= 0
     run: Tensor | None = None  # [B, H, C] int64: the run that a written pair belongs to; only for rule slot
+    importance: Tensor | None = None  # [B, H, C]: likewise
     memory: Tensor | None = None  # [B, H, C] int64: where a store writes the pair
     reading: Reading | None = None  # how a store's memories are read
 
@@ -35,6 +36,7 @@ class Chunk(NamedTuple):
             self.beta[:, :, steps],
             None if self.log_alpha is None else self.log_alpha[:, :, steps],
             None if self.run is None else self.run[:, :, steps],
+            None if self.importance is None else self.importance[:, :, steps],
             None if self.memory is None else self.memory[:, :, steps],
             None if self.reading is None else self.reading.part(steps),
         )
@@ -141,7 +143,7 @@ def divided_chunk(
     Args:
         M: ``[B, H, n, Dv, F]``; z: ``[B, H, n, F]``; their snapshots likewise.
     """
-    q, k, v, beta, log_alpha, _, memory, reading = chunk
+    q, k, v, beta, log_alpha, *_, memory, reading = chunk
     assert memory is not None
     assert reading is not None
     own = F.one_hot(memory, M.shape[2]).to(k.dtype)  # [B, H, C, n]
@@ -233,9 +235,9 @@ def slot_chunk(
 
     A pair ``k, v`` of strength ``beta > 0`` weakens each slot by ``1 - beta sigmoid(slope (k' K_n - same_at))``: what
     is written under the same key again replaces what was, as the delta rule erases. But not the slots of its own run:
-    tokens written one after the other are one value (``KEY-ABC12345``), whose keys, a token apart, are alike. The
-    weakest slot is then given up, the oldest of several (an empty one while there is any), and the pair goes behind
-    the others. A read is
+    tokens written one after the other are one value (``KEY-ABC12345``), whose keys, a token apart, are alike. The slot
+    of the least strength times importance is then given up, the oldest of several (an empty one while there is any),
+    and the pair goes behind the others. A read, in which importance has no say, is
     ``sum_n p_n M_n`` with ``p`` the softmax of ``sharpness q' K_n + log strength_n`` beside ``null``, the logit of
     finding nothing.
 
@@ -245,8 +247,9 @@ def slot_chunk(
     Returns:
         output ``[B, H, G, C, Dv]``, the new ``M`` and slots (``running`` is left as it was).
     """
-    _, k, v, beta, _, run, *_ = chunk
+    _, k, v, beta, _, run, importance, *_ = chunk
     assert run is not None
+    assert importance is not None
     beta = torch.where(beta > 0, beta, 0.0)  # what is not written has no gradient either
     num_slots, steps = M.shape[-1], k.shape[-2]
     keys = torch.cat([slots.K, k], -2)  # what was there, and what comes
@@ -262,35 +265,36 @@ def slot_chunk(
     start = torch.cat([slots.strength, torch.ones_like(beta)], -1)[..., None, :]
     factors = torch.cat([start, torch.cat([erased[..., :num_slots], new], -1)], -2)
     strength = factors.cumprod(-2)[..., 1:, :]  # [B, H, C, N + C]
-    held, who = _allocate(strength.detach(), beta.detach() > 0, num_slots)
+    importance = torch.cat([slots.importance, importance], -1).detach()
+    held, who = _allocate(strength.detach() * importance[..., None, :], beta.detach() > 0, num_slots)
     strength_held = strength * held
     out = _slot_read(chunk.q, null, keys, values, strength_held, parameters.sharpness)
     last = strength_held[..., -1, :].gather(-1, who)
     rows = who[..., None]
     K = keys.gather(-2, rows.expand(*who.shape, keys.shape[-1]))
     M = values.gather(-2, rows.expand(*who.shape, values.shape[-1])).mT
-    return out, M, slots._replace(K=K, strength=last, run=runs.gather(-1, who))
+    return out, M, slots._replace(K=K, strength=last, importance=importance.gather(-1, who), run=runs.gather(-1, who))
 
 
-def _allocate(strength: Tensor, writes: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+def _allocate(worth: Tensor, writes: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """Which pairs hold a slot at each step.
 
     Args:
-        strength: ``[B, H, C, N + C]``, what each pair's would be; writes: ``[B, H, C]`` bool.
+        worth: ``[B, H, C, N + C]``, what each pair's would be: the least is given up; writes: ``[B, H, C]`` bool.
 
     Returns:
         held ``[B, H, C, N + C]`` bool, and at the end the pair in each slot ``[B, H, N]``, the oldest first.
     """
-    who = torch.arange(num_slots, device=strength.device).expand(*writes.shape[:2], -1)
-    held = torch.zeros_like(strength, dtype=torch.bool)
+    who = torch.arange(num_slots, device=worth.device).expand(*writes.shape[:2], -1)
+    held = torch.zeros_like(worth, dtype=torch.bool)
     current = torch.zeros_like(held[..., 0, :]).scatter(-1, who, True)
-    places = torch.arange(num_slots, device=strength.device)
+    places = torch.arange(num_slots, device=worth.device)
     some = writes.flatten(0, 1).any(0).tolist()
     for t in range(writes.shape[-1]):
         if some[t]:
-            now = strength[..., t, :].gather(-1, who)
-            weakest = (now == now.amin(-1, keepdim=True)).int().argmax(-1, keepdim=True)  # the first of several
-            moved = who.gather(-1, (places + (places >= weakest)).clamp(max=num_slots - 1))
+            now = worth[..., t, :].gather(-1, who)
+            least = (now == now.amin(-1, keepdim=True)).int().argmax(-1, keepdim=True)  # the first of several
+            moved = who.gather(-1, (places + (places >= least)).clamp(max=num_slots - 1))
             moved[..., -1] = num_slots + t
             who = torch.where(writes[..., t, None], moved, who)
             current = torch.zeros_like(current).scatter(-1, who, True)

@@ -39,6 +39,7 @@ def scan(
     chunk_size: int = 64,
     segment_size: int = 2048,
     beta: Tensor | None = None,
+    importance: Tensor | None = None,
     log_alpha: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -62,6 +63,8 @@ def scan(
         chunk_size: tokens handled at once. A speed knob: results agree to rounding.
         segment_size: pairs between two refreshes of the ``delta`` rule's correction, from the start of the text.
         beta: write gate in [0, 1], ``[B, T, H]``; None writes everything.
+        importance: ``[B, T, H]`` >= 0, for rule ``slot``: what a pair is worth, beside its strength, when one has to
+            give up its slot; None: all the same. It has no gradient.
         log_alpha: log of the forget gate, <= 0, ``[B, T, H]``; None keeps everything. It acts at the pair's write.
         mask: ``[B, T]``, False or 0 where padded: never written, and no step for the forget gate.
         cu_seqlens: ``[N + 1]`` boundaries of N documents packed into one row (B = 1): each starts with its own
@@ -80,7 +83,7 @@ def scan(
         ValueError: unknown rule or feature map, shapes that do not fit, ``log_alpha`` for ``delta_token``, a rule that
             the store does not work with, a state made with another rule, store, delay, number of rows or other gates.
     """
-    _check(q, k, v, rule, delay, chunk_size, segment_size, log_alpha, feature_map, cu_seqlens)
+    _check(q, k, v, rule, delay, chunk_size, segment_size, log_alpha, importance, feature_map, cu_seqlens)
     check_store(store, rule, expand)
     options = {
         "rule": rule,
@@ -95,8 +98,9 @@ def scan(
     if cu_seqlens is not None:  # one row a document, right-padded; packed again below
         index, documents = unpack_index(cu_seqlens)
         q, k, v = q[0][index], k[0][index], v[0][index]
-        beta, log_alpha, mask = (None if x is None else x[0][index] for x in (beta, log_alpha, mask))
-        null, expand = (None if x is None else x[0][index] for x in (null, expand))
+        beta, importance, log_alpha, mask, null, expand = (
+            None if x is None else x[0][index] for x in (beta, importance, log_alpha, mask, null, expand)
+        )
         mask = documents if mask is None else mask.bool() & documents
     batch_size, steps, num_heads, key_dim = k.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -114,9 +118,9 @@ def scan(
             dtype=dtype,
             device=q.device,
         )
-    _check_state(state, rule, store, delay, batch_size, (beta is not None, log_alpha is not None))
     valid = torch.ones(batch_size, steps, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
-    stream, pending = Pending(k, v, beta, log_alpha, valid), None
+    stream, pending = Pending(k, v, beta, log_alpha, valid, importance), None
+    _check_state(state, rule, store, delay, batch_size, stream)
     if delay:
         stream, pending = delayed(state.pending, stream, delay, documents)
     with torch.autocast(q.device.type, enabled=False):  # it would run the state's arithmetic in half precision
@@ -211,6 +215,7 @@ def _check(
     chunk_size: int,
     segment_size: int,
     log_alpha: Tensor | None,
+    importance: Tensor | None,
     feature_map: str | None,
     cu_seqlens: Tensor | None,
 ) -> None:
@@ -220,6 +225,8 @@ def _check(
         raise ValueError(f"feature_map {feature_map!r} is not one of: {', '.join(FEATURE_MAPS)}")
     if log_alpha is not None and not RULES[rule].forgets:
         raise ValueError(f"rule {rule!r} has no forget gate; use rule='gated_delta' for log_alpha")
+    if importance is not None and rule != "slot":
+        raise ValueError(f"rule {rule!r} gives up no slots; use rule='slot' for importance")
     if delay < 0 or chunk_size < 1 or segment_size < 1:
         raise ValueError("delay must be >= 0, chunk_size and segment_size >= 1")
     fits = k.shape[:3] == v.shape[:3] and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
@@ -232,9 +239,7 @@ def _check(
         raise ValueError("cu_seqlens needs one packed row (B = 1), must begin at 0 and end at its number of tokens")
 
 
-def _check_state(
-    state: MemoryState, rule: str, store: Store | None, delay: int, batch_size: int, gates: tuple[bool, bool]
-) -> None:
+def _check_state(state: MemoryState, rule: str, store: Store | None, delay: int, batch_size: int, new: Pending) -> None:
     """A state goes on only with the rule, number of memories, delay, rows and gates that it was made with."""
     kind = RULES[rule]
     mine = (kind.normalised, kind.segmented, rule == "slot")
@@ -246,8 +251,10 @@ def _check_state(
     pending = state.pending
     if pending is not None and pending.valid.shape[1] != delay:
         raise ValueError(f"the state was made with delay={pending.valid.shape[1]}, not {delay}")
-    if pending is not None and (pending.beta is not None, pending.log_alpha is not None) != gates:
-        raise ValueError("the state was made with other gates: give beta and log_alpha in every call or in none")
+    if pending is not None and any((a is None) != (b is None) for a, b in zip(pending, new, strict=True)):
+        raise ValueError(
+            "the state was made with other gates: give beta, log_alpha and importance in every call or in none"
+        )
 
 
 def _check_store_of(state: MemoryState, store: Store | None) -> None:
@@ -288,7 +295,10 @@ def _scan(
     begins = segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
     if state.slots is not None:
         run, slots = runs(whole.beta, stream, state.slots)
-        whole, state = whole._replace(run=run), state._replace(slots=slots)
+        importance = torch.ones_like(whole.beta)
+        if stream.importance is not None:
+            importance = stream.importance.to(dtype).transpose(1, 2)
+        whole, state = whole._replace(run=run, importance=importance), state._replace(slots=slots)
     if store is not None:
         segment = segments(stream.valid, state.written, segment_size)
         memory = store.assign(stream.k.to(dtype), segment)

@@ -58,6 +58,7 @@ class Pending(NamedTuple):
     beta: Tensor | None  # [B, W, H]
     log_alpha: Tensor | None  # [B, W, H]
     valid: Tensor  # [B, W] bool; False: an empty slot or padding, never written
+    importance: Tensor | None = None  # [B, W, H]
 
 
 class Slots(NamedTuple):
@@ -68,6 +69,7 @@ class Slots(NamedTuple):
 
     K: Tensor  # [B, H, N, F], of length 1; zeros where the slot is empty
     strength: Tensor  # [B, H, N] in [0, 1]; 0: empty
+    importance: Tensor  # [B, H, N] >= 0: that of the pair, which its strength does not tell; 0: empty
     run: Tensor  # [B, H, N] int64: number of the run of written tokens that the pair belongs to; 0: empty
     running: Tensor  # [B, H] bool: the last token was written, so that the next one goes on with its run
 
@@ -110,6 +112,7 @@ class MemoryState(NamedTuple):
             M = torch.zeros(batch_size, num_heads, value_dim, num_slots, dtype=dtype, device=device)
             slots = Slots(
                 M.new_zeros(batch_size, num_heads, num_slots, key_dim),
+                M.new_zeros(batch_size, num_heads, num_slots),
                 M.new_zeros(batch_size, num_heads, num_slots),
                 M.new_zeros(batch_size, num_heads, num_slots, dtype=torch.long),
                 M.new_zeros(batch_size, num_heads, dtype=torch.bool),

@@ -131,7 +131,7 @@ def _fit_write_gate(
 
     def logits(rows: Tensor) -> Tensor:
         now, after = ((hidden[i].float() - mean) / deviation for i in (rows, rows + 1))
-        return gate.logits(now, after, features.surprise[rows])
+        return gate(now, after, features.surprise[rows])
 
     def draw(rows: Tensor, count: int) -> Tensor:
         return rows[torch.randint(len(rows), (count,), generator=rng)]
@@ -236,7 +236,8 @@ class Reading:
         for start in range(0, len(features.ids), size):
             rows = torch.arange(start, start + size)
             rows = rows[follows[rows]]
-            strength = memory.write_gate(hidden[rows].float(), hidden[rows + 1].float(), features.surprise[rows])
+            logits = memory.write_gate(hidden[rows].float(), hidden[rows + 1].float(), features.surprise[rows])
+            strength = memory.write_gate.strength(logits)
             some = (strength > 0).any(-1)
             made.append((rows[some], strength[some]))
         return made

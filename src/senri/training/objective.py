@@ -135,11 +135,9 @@ class GateRecorder:
 
     def _write_hook(self, layer: int) -> Any:
         def hook(gate: Any, args: tuple[Any, ...], output: Tensor) -> None:
-            # always computed: when a checkpointed layer runs again it must do the same as the first time
-            logits = gate.logits(*args)
             if self._on:
-                self.logits.setdefault(layer, []).append(logits)
-                self.writes.setdefault(layer, []).append(output.detach())
+                self.logits.setdefault(layer, []).append(output)
+                self.writes.setdefault(layer, []).append(gate.strength(output.detach()))
 
         return hook
 
