@@ -1,15 +1,17 @@
 """One long text, read once as ``senri read`` does it: what that takes, and which of the keys told in it come back.
 
-``python benchmarks/long_text.py BOOKS [TOKENS]`` (TOKENS: 1,048,576; half an hour on two cores). BOOKS: a folder of
-texts, read one behind the other, with 20 people's secret keys told among their sentences. They are asked for twice:
-where the text runs on, the answer begun in the fact's words (``memory off``: the same window, the memory emptied);
-and in the chat format after its end, when the memory is all that is left (control: the memory emptied, too).
+``python benchmarks/long_text.py BOOKS [TOKENS [SEED]]`` (1,048,576 and 0; half an hour on two cores). BOOKS: a folder
+of texts, read one behind the other, with 20 people's secret keys told among their sentences; SEED decides which keys,
+and where. They are asked for twice: where the text runs on, the answer begun in the fact's words (``memory off``: the
+same window, the memory emptied); and in the chat format after its end, when the memory is all that is left (control:
+the memory emptied, too).
 The tables go to the terminal, all answers to runs/benchmarks/long_text.json.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -28,14 +30,22 @@ from senri.data.samples import Context
 from senri.evaluation.readers import SenriReader
 from senri.evaluation.scoring import score
 from senri.evaluation.statistics import share
+from senri.hf.base import base_directory, load_tokenizer
 from senri.hf.cache import without_memory
 from senri.hf.session_mixin import ReadProgress
 from senri.session import Session
 
 TOKENS, PIECE = 1 << 20, 1024
-DEPTHS, PER_DEPTH, SEED = (0.0, 0.2, 0.4, 0.6, 0.8), 4, 0
+DEPTHS, PER_DEPTH = (0.0, 0.2, 0.4, 0.6, 0.8), 4
 SAID = 24  # tokens of an answer in the chat format
 MINUTE = 60
+
+
+def prepare(folder: str, tokens: int, seed: int) -> Context:
+    """The text and its questions."""
+    tokenizer = load_tokenizer(base_directory())
+    books = BookHaystack(load_documents([folder]), tokenizer)
+    return shared_context(books, tokenizer, lengths=[tokens], depths=DEPTHS, per_cell=PER_DEPTH, seed=seed, sample=0)
 
 
 def measure(model: Any, tokenizer: Any, context: Context, show: Callable[[str], None]) -> dict[str, Any]:
@@ -98,16 +108,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, print, keep."""
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) not in (2, 3, 4):
         sys.exit(__doc__)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    tokens = int(sys.argv[2]) if len(sys.argv) == 3 else TOKENS
+    folder, (tokens, seed) = sys.argv[1], [*map(int, sys.argv[2:]), *(TOKENS, 0)[len(sys.argv) - 2 :]]
+    # elsewhere: four books' tokens, and what making them leaves behind, are no part of what reading takes
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        context = pool.apply(prepare, (folder, tokens, seed))
     model, tokenizer = load_base()
-    books = BookHaystack(load_documents([sys.argv[1]]), tokenizer)
-    context = shared_context(
-        books, tokenizer, lengths=[tokens], depths=DEPTHS, per_cell=PER_DEPTH, seed=SEED, sample=0
-    )  # fmt: skip
     found = measure(model, tokenizer, context, lambda text: print(text, file=sys.stderr, flush=True))
     path = Path("runs/benchmarks/long_text.json")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ def test_what_the_gate_is_surest_of_stays_though_all_gates_are_1(make_memory):
     state = state._replace(recent=random(1, memory.window, 8))
     _, after = memory(random(1, steps, 8, seed=1), inputs, state, random(11, 8, seed=3))
     kept = after.memory.slots.importance[0, 0]
-    torch.testing.assert_close(kept, torch.tensor([9.0, 25.0, 12.0, 80.0]).double().exp())
+    torch.testing.assert_close(kept, torch.tensor([9.0, 25.0, 12.0, 200.0]).double())
     assert memory.write(
         random(1, steps, 8, seed=1), inputs, state, random(11, 8, seed=3)
     ).memory.slots.importance.equal(after.memory.slots.importance), "and so it is when nothing is read"

@@ -69,7 +69,7 @@ class Case:
             if draw(st.booleans()):
                 self.gates["null"] = randn(B, T, H * G)
             if draw(st.booleans()):
-                self.gates["importance"] = torch.rand(B, T, H, generator=gen, dtype=dtype)
+                self.gates["importance"] = randn(B, T, H)
         if draw(st.booleans()):
             self.gates["beta"] = randn(B, T, H).sigmoid()
             if draw(st.booleans()):  # a write gate that closes

@@ -91,19 +91,19 @@ def test_what_was_written_weakly_gives_way_first():
 
 @pytest.mark.parametrize("pieces", [[6], [2, 4], [1] * 6])
 def test_what_matters_least_gives_way_first_however_strong(pieces):
-    keys, importance, state, done = eye(6), [0.5, 0.9, 0.2, 0.8, 0.3, 0.7], None, 0
+    keys, importance, state, done = eye(6), [0.5, 90.0, -0.2, 0.8, -300.0, 0.7], None, 0
     for part in keys.split(pieces):
         state = write(part, part, num_slots=3, state=state, importance=importance[done : done + len(part)])
         done += len(part)
     # the third one goes when the fourth comes... and so on; what is new always finds a place
     assert (ask(state, keys).diagonal() > 0.99).tolist() == [False, True, False, True, False, True]
-    assert state.slots.importance[0, 0].tolist() == [0.9, 0.8, 0.7]
+    assert state.slots.importance[0, 0].tolist() == [90.0, 0.8, 0.7]
     assert (state.slots.strength == 1).all(), "reading does not know of it"
 
 
 def test_what_was_replaced_gives_way_before_what_matters_less():
     keys = eye(4)[[0, 1, 0, 2, 3]]
-    state = write(keys, keys, num_slots=3, importance=[1.0, 0.1, 1.0, 0.5, 0.5])
+    state = write(keys, keys, num_slots=3, importance=[3.0, 0.0, 3.0, 2.0, 2.0])
     assert (ask(state, eye(4)).diagonal() > 0.99).tolist() == [True, False, True, True]
 
 

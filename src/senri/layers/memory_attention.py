@@ -80,11 +80,6 @@ class WriteGate(nn.Module):
         low, high = STRETCH
         return ((high - low) * logits.sigmoid() + low).clamp(0.0, 1.0)
 
-    @staticmethod
-    def importance(logits: Tensor) -> Tensor:
-        """Of logits the odds, which tell pairs apart whose gates are 1: see :func:`senri.memory.scan`."""
-        return logits.clamp(max=80.0).exp()  # a float32 holds exp(88)
-
 
 class ReadGate(nn.Module):
     """What each query head says: ``scale * sigmoid(w h + b + match (|read|^2 - chance |stray|^2)) * read / |read|``.
@@ -481,7 +476,7 @@ class MemoryAttention(nn.Module):
             self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0),
             self._values(inputs[:, past], stream, embedding),
             beta,
-            None if logits is None or self.rule != "slot" else self.write_gate.importance(logits),
+            logits if self.rule == "slot" else None,  # the odds tell pairs apart whose gates are 1
             self._log_forget(inputs[:, part], stream.valid[:, part], memory.written),
             stream.valid[:, part],
         )

@@ -50,7 +50,7 @@ def scan(
         ones if beta is None else beta.double(),
         0 * ones if log_alpha is None else log_alpha.double(),
         torch.ones(batch, steps, dtype=torch.bool) if mask is None else mask.bool(),
-        ones if importance is None else importance.double(),
+        0 * ones if importance is None else importance.double(),
     )
     spans = [(row, 0, steps) for row in range(batch)]
     if cu_seqlens is not None:
@@ -155,7 +155,7 @@ def _unqueue(pending: Pending | None, stream: Pending, delay: int) -> list[list[
         torch.ones(heads, dtype=torch.float64),
         torch.zeros(heads, dtype=torch.float64),
         torch.tensor(False),
-        torch.ones(heads, dtype=torch.float64),
+        torch.zeros(heads, dtype=torch.float64),
     ]
     if pending is None:
         return [list(empty) for _ in range(delay)]

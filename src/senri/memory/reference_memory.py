@@ -78,7 +78,7 @@ class Memory:
         ]
         worth = list(self.importance)
         # the first of those worth least
-        place = min(range(len(left)), key=lambda n: float((left[n] * worth[n]).detach()))
+        place = min(range(len(left)), key=lambda n: float(left[n].detach().log() + worth[n]))
         keys, values, runs = list(self.K), list(self.M.T), list(self.run)
         for slots, new in ((left, beta), (worth, importance.detach()), (keys, k), (values, v), (runs, run)):
             del slots[place]

@@ -236,8 +236,8 @@ def slot_chunk(
     A pair ``k, v`` of strength ``beta > 0`` weakens each slot by ``1 - beta sigmoid(slope (k' K_n - same_at))``: what
     is written under the same key again replaces what was, as the delta rule erases. But not the slots of its own run:
     tokens written one after the other are one value (``KEY-ABC12345``), whose keys, a token apart, are alike. The slot
-    of the least strength times importance is then given up, the oldest of several (an empty one while there is any),
-    and the pair goes behind the others. A read, in which importance has no say, is
+    of the least ``log strength + importance`` is then given up, the oldest of several (an empty one while there is
+    any), and the pair goes behind the others. A read, in which importance has no say, is
     ``sum_n p_n M_n`` with ``p`` the softmax of ``sharpness q' K_n + log strength_n`` beside ``null``, the logit of
     finding nothing.
 
@@ -266,7 +266,7 @@ def slot_chunk(
     factors = torch.cat([start, torch.cat([erased[..., :num_slots], new], -1)], -2)
     strength = factors.cumprod(-2)[..., 1:, :]  # [B, H, C, N + C]
     importance = torch.cat([slots.importance, importance], -1).detach()
-    held, who = _allocate(strength.detach() * importance[..., None, :], beta.detach() > 0, num_slots)
+    held, who = _allocate(strength.detach().log() + importance[..., None, :], beta.detach() > 0, num_slots)
     strength_held = strength * held
     out = _slot_read(chunk.q, null, keys, values, strength_held, parameters.sharpness)
     last = strength_held[..., -1, :].gather(-1, who)

@@ -63,8 +63,8 @@ def scan(
         chunk_size: tokens handled at once. A speed knob: results agree to rounding.
         segment_size: pairs between two refreshes of the ``delta`` rule's correction, from the start of the text.
         beta: write gate in [0, 1], ``[B, T, H]``; None writes everything.
-        importance: ``[B, T, H]`` >= 0, for rule ``slot``: what a pair is worth, beside its strength, when one has to
-            give up its slot; None: all the same. It has no gradient.
+        importance: ``[B, T, H]``, for rule ``slot``: the slot of the least ``log strength + importance`` is given up;
+            None: 0. It has no gradient.
         log_alpha: log of the forget gate, <= 0, ``[B, T, H]``; None keeps everything. It acts at the pair's write.
         mask: ``[B, T]``, False or 0 where padded: never written, and no step for the forget gate.
         cu_seqlens: ``[N + 1]`` boundaries of N documents packed into one row (B = 1): each starts with its own
@@ -295,7 +295,7 @@ def _scan(
     begins = segment_begins(stream.valid, state.written, segment_size) if kind.segmented else {}
     if state.slots is not None:
         run, slots = runs(whole.beta, stream, state.slots)
-        importance = torch.ones_like(whole.beta)
+        importance = torch.zeros_like(whole.beta)
         if stream.importance is not None:
             importance = stream.importance.to(dtype).transpose(1, 2)
         whole, state = whole._replace(run=run, importance=importance), state._replace(slots=slots)

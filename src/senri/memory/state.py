@@ -69,7 +69,7 @@ class Slots(NamedTuple):
 
     K: Tensor  # [B, H, N, F], of length 1; zeros where the slot is empty
     strength: Tensor  # [B, H, N] in [0, 1]; 0: empty
-    importance: Tensor  # [B, H, N] >= 0: that of the pair, which its strength does not tell; 0: empty
+    importance: Tensor  # [B, H, N]: what a pair is worth beside its strength, as a logarithm
     run: Tensor  # [B, H, N] int64: number of the run of written tokens that the pair belongs to; 0: empty
     running: Tensor  # [B, H] bool: the last token was written, so that the next one goes on with its run
 
