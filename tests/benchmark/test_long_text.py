@@ -22,6 +22,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_keys_behind_the_window_come_from_the_memory_alone(script, real_text):
     model, tokenizer = senri.load_base(sliding_window_size=WINDOW)
     books = BookHaystack([Document("Bible", real_text)], tokenizer)

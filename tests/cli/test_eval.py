@@ -104,6 +104,7 @@ def test_other_settings_do_not_mix(senri, evaluation, one_line):
     one_line(senri("eval", "-o", "run"), r"run holds a run with other settings \(evaluation\.capacity\.pairs\)")
 
 
+@pytest.mark.slow
 def test_two_runs_compared(senri, evaluation, configure):
     evaluation(suites=["niah", "perplexity"])
     assert senri("eval", "-o", "a").code == 0

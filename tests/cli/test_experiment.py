@@ -56,6 +56,7 @@ def run(*arguments: str, capsys=None) -> tuple[Path, str]:
     return Path(next(line for line in out.splitlines() if line.startswith("results go to "))[14:]), out
 
 
+@pytest.mark.slow
 def test_all_models_are_trained_and_compared(configure_lm, capsys, real_text) -> None:
     folder, out = run("--models", "pythia", "infini", "multi_memory", "hierarchical", capsys=capsys)
     names = [f"{name}-seed{seed}" for name in ("hierarchical", "infini", "multi_memory", "pythia") for seed in (0, 1)]

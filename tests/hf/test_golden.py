@@ -46,6 +46,7 @@ def test_float32(golden):
         assert now["memory"][name] == pytest.approx(values, rel=FLOAT32["memory"], abs=FLOAT32["memory"]), name
 
 
+@pytest.mark.slow  # where there are no bfloat16 products
 def test_bfloat16(golden):
     """What is fast: near, and of one mind where the model is sure."""
     now = compute(torch.bfloat16)
