@@ -10,6 +10,7 @@ The tables go to the terminal, all answers to runs/benchmarks/long_text.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import re
@@ -23,10 +24,11 @@ import transformers
 
 from senri import load_base
 from senri.benchmark.process import Peak, process_peak
+from senri.data import TextError
 from senri.data.corpus import load_documents
 from senri.data.haystack import BookHaystack
 from senri.data.needles import shared_context
-from senri.data.samples import Context
+from senri.data.samples import Context, SampleError
 from senri.evaluation.readers import SenriReader
 from senri.evaluation.scoring import score
 from senri.evaluation.statistics import share
@@ -108,14 +110,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, print, keep."""
-    if len(sys.argv) not in (2, 3, 4):
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("books")
+    parser.add_argument("tokens", type=int, nargs="?", default=TOKENS)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    folder, (tokens, seed) = sys.argv[1], [*map(int, sys.argv[2:]), *(TOKENS, 0)[len(sys.argv) - 2 :]]
     # elsewhere: four books' tokens, and what making them leaves behind, are no part of what reading takes
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        context = pool.apply(prepare, (folder, tokens, seed))
+        try:
+            context = pool.apply(prepare, (given.books, given.tokens, given.seed))
+        except (TextError, SampleError) as error:
+            parser.error(str(error))
     model, tokenizer = load_base()
     found = measure(model, tokenizer, context, lambda text: print(text, file=sys.stderr, flush=True))
     path = Path("runs/benchmarks/long_text.json")

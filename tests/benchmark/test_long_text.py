@@ -40,6 +40,15 @@ def test_keys_behind_the_window_come_from_the_memory_alone(script, real_text):
     assert len(lines) >= 1 + 3 * len(rows)
 
 
+def test_a_seed_decides_which_keys_are_told(script, real_text, tmp_path):
+    (tmp_path / "bible.txt").write_text(real_text)
+    one, again, other = (script.prepare(str(tmp_path), 4096, seed) for seed in (0, 0, 1))
+    keys = [[question.answers for question in context.questions] for context in (one, again, other)]
+    assert keys[0] == keys[1] != keys[2]
+    assert len({*keys[0]}) == len(script.DEPTHS) * script.PER_DEPTH
+    assert len(one.ids) <= 4096
+
+
 def test_the_table_counts_by_depth_and_says_how_sure_the_whole_is(script):
     rows = [{"depth": depth, "memory": ["x", float(right)]} for depth, right in ((0.5, 1), (0.0, 0), (0.5, 1))]
     lines = script.table(rows).splitlines()

@@ -76,19 +76,15 @@ def scan(
         outputs.append(out)
         states.append(after)
     out = torch.cat(outputs)[None] if cu_seqlens is not None else torch.stack(outputs)
-    given = [
-        name
-        for name, gate in (("beta", beta), ("log_alpha", log_alpha), ("importance", importance))
-        if gate is not None
-    ]
-    return out, _stack(states, delay, given)
+    gates = {"beta": beta, "log_alpha": log_alpha, "importance": importance}
+    return out, _stack(states, delay, [name for name, gate in gates.items() if gate is None])
 
 
 def _row(state: MemoryState, row: int) -> MemoryState:
     return map_tensors(lambda t: t[row], state)
 
 
-def _stack(states: list[MemoryState], delay: int, given: list[str]) -> MemoryState:
+def _stack(states: list[MemoryState], delay: int, absent: list[str]) -> MemoryState:
     def stack(tensors: list[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.stack(tensors)  # type: ignore[arg-type]
 
@@ -96,7 +92,6 @@ def _stack(states: list[MemoryState], delay: int, given: list[str]) -> MemorySta
     pending = None
     if delay:
         lines = {name: stack([getattr(s.pending, name) for s in states]) for name in Pending._fields}
-        absent = {"beta", "log_alpha", "importance"}.difference(given)
         pending = Pending(**{**lines, **dict.fromkeys(absent)})  # type: ignore[arg-type]
     slots = None
     if states[0].slots is not None:
