@@ -153,6 +153,19 @@ def test_fast_path_equals_reference_with_every_gradient(store, data):
 @each_store
 @settings(max_examples=40, deadline=None)
 @given(st.data())
+def test_without_queries_the_state_is_the_same(store, data):
+    case = Case(data.draw, store)
+    _, expected = case.run()
+    case.q = case.q[:, :, :0]
+    case.gates = {name: gate[:, :, :0] if name in ("null", "expand") else gate for name, gate in case.gates.items()}
+    out, state = case.run()
+    assert out.shape == (*case.q.shape[:3], case.v.shape[-1])
+    assert_states_equal(state, expected, rtol=0, atol=0)
+
+
+@each_store
+@settings(max_examples=40, deadline=None)
+@given(st.data())
 def test_float32_agrees_with_reference(store, data):
     case = Case(data.draw, store, dtype=torch.float32)
     out, state = case.run()

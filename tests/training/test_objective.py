@@ -116,6 +116,46 @@ def test_blocks_change_no_loss(make_senri, monkeypatch, tokens):
     torch.testing.assert_close(token_losses(model, hidden, target)[0], whole)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_frozen_head_gives_the_losses_and_gradients_of_one_that_is_trained(make_senri, tokens, distilled):
+    model, teacher = make_senri(), make_senri()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.5)
+    generator = torch.Generator().manual_seed(0)
+    values, theirs, scale = (torch.randn(2, 23, 32, dtype=torch.float64, generator=generator) for _ in range(3))
+    found = []
+    for frozen in (False, True):
+        model.lm_head.requires_grad_(not frozen)
+        hidden = values[0].clone().requires_grad_()
+        taught = (teacher, theirs[0]) if distilled else ()
+        losses = token_losses(model, hidden, tokens(1, 23)[0], *taught)
+        assert losses[1].any() == distilled
+        (losses[0] * scale[0, :, 0] + losses[1] * scale[0, :, 1]).sum().backward()
+        found.append((*losses, hidden.grad))
+    assert found[0][2].abs().min() > 0
+    torch.testing.assert_close(found[0], found[1])
+    with torch.no_grad():
+        torch.testing.assert_close(token_losses(model, values[0], tokens(1, 23)[0], *taught), found[1][:2])
+
+
+def test_a_frozen_head_in_bfloat16_is_as_near_to_float64(make_senri, tokens):
+    """Where the target is nearly certain, too: the difference to it is taken before anything is rounded."""
+    model, target = make_senri().to(torch.bfloat16), tokens(1, 23)[0]
+    rows = model.lm_head.weight.detach()[target].double()
+    values = (12 * rows / rows.norm(dim=-1, keepdim=True).square()).to(torch.bfloat16)
+    gradients = []
+    for dtype, frozen in ((torch.float64, True), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model.to(dtype).lm_head.requires_grad_(not frozen)
+        hidden = values.to(dtype, copy=True).requires_grad_()
+        losses, _ = token_losses(model, hidden, target)
+        losses.sum().backward()
+        gradients.append(hidden.grad.double())
+    assert losses.median() < 0.01
+    there, here = ((gradient - gradients[0]).norm() / gradients[0].norm() for gradient in gradients[1:])
+    assert here < 1.2 * there < 0.1
+
+
 def sample_of(weight, write):
     ids = np.arange(3, 3 + len(weight), dtype=np.int32)
     return TrainingSample(ids, np.array(weight, np.float32), np.array(write, np.int8), "task", "source")

@@ -458,7 +458,7 @@ class MemoryAttention(nn.Module):
             some = some.nonzero()[:, 0]
             pairs = Leaving(*(None if x is None else x[:, some] for x in pairs))  # type: ignore[arg-type]
         _, memory = self.write_and_read(
-            pairs.k.new_zeros(*pairs.k.shape[:2], self.num_heads * self.head_dim), pairs.k, pairs.v, state.memory,
+            pairs.k.new_zeros(*pairs.k.shape[:2], 0), pairs.k, pairs.v, state.memory,
             beta=pairs.beta, importance=pairs.importance, log_alpha=pairs.log_alpha, mask=pairs.valid,
         )  # fmt: skip
         memory = memory._replace(written=state.memory.written + count)

@@ -38,6 +38,7 @@ def suit(q: Tensor, stream: Pending, key_dim: int, *, rule: str, chunk_size: int
         and q.dtype in DTYPES
         and q.dtype == stream.k.dtype == stream.v.dtype
         and q.shape[1] > chunk_size  # one chunk is a few products without them
+        and q.shape[2] > 0
         and key_dim <= MAX_KEY_DIM
         and key_dim % 2 == stream.v.shape[-1] % 2 == 0  # odd widths of 16 bits: Triton compiles the tails wrongly
         and _installed()

@@ -54,7 +54,8 @@ def scan(
     """Causal linear attention over the delayed stream: step ``t`` writes pair ``t - delay``, then reads with ``q_t``.
 
     Args:
-        q: queries ``[B, T, Hq, Dk]``; ``Hq`` is a multiple of ``H`` (query head ``h`` reads memory ``h // (Hq // H)``).
+        q: queries ``[B, T, Hq, Dk]``; ``Hq`` is a multiple of ``H`` (query head ``h`` reads memory ``h // (Hq // H)``);
+            0: nothing is read.
         k: keys ``[B, T, H, Dk]``, no position encoding.
         v: values ``[B, T, H, Dv]``.
         state: what an earlier call returned; None starts empty.

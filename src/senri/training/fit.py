@@ -459,7 +459,7 @@ class Reading:
         # as many slots as pairs: none is given up
         empty = memory.empty_memory(len(texts), num_slots=most, training=memory.training)
         _, state = memory.write_and_read(
-            torch.zeros_like(k_all), k_all, torch.stack(v_rows), empty, beta=beta, mask=mask
+            k_all.new_zeros(*k_all.shape[:2], 0), k_all, torch.stack(v_rows), empty, beta=beta, mask=mask
         )
         q_all = torch.stack(q_rows)
         now = torch.zeros(len(texts), reads, inputs.shape[1])

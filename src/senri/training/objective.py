@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
@@ -31,26 +32,66 @@ def token_losses(
         target: ``[N]`` ids.
     """
     nll, kl = [], []
+    frozen = not any(parameter.requires_grad for parameter in model.lm_head.parameters())
     for start in range(0, len(target), BLOCK):
         part = slice(start, start + BLOCK)
         theirs = None if teacher_hidden is None else teacher_hidden[part]
-        # logits are made again in the backward pass rather than kept: [N, V] of all pieces would not fit
-        losses = checkpoint(_block, model, hidden[part], target[part], teacher, theirs, use_reentrant=False)
+        block = (model, hidden[part], target[part], teacher, theirs)
+        # [N, V] of all pieces would not fit: the backward pass makes logits again, or has what it needs of them
+        losses = _FrozenHead.apply(*block) if frozen else checkpoint(_block, *block, use_reentrant=False)
         nll.append(losses[0])
         kl.append(losses[1])
     return torch.cat(nll), torch.cat(kl)
 
 
-def _block(
+class _FrozenHead(torch.autograd.Function):
+    """:func:`_block` for a head that is not trained; first derivatives only.
+
+    A token's losses depend on no other token's hidden state, so their gradients by it, ``(p - onehot) W`` and
+    ``(p - t) W``, are made while its logits exist, and only scaled in the backward pass.
+    ``torch.nn.functional.linear_cross_entropy`` does so for a mean; for single losses it makes logits again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, model: Any, hidden: Tensor, target: Tensor, teacher: Any, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        weight = model.lm_head.weight
+        nll, kl, log_p, log_t = _losses(model, hidden, target, teacher, teacher_hidden)
+        by_kl = None
+        if ctx.needs_input_grad[1]:
+            p = log_p.exp_()
+            if log_t is not None:
+                by_kl = ((p - log_t.exp_()).to(weight.dtype) @ weight).to(hidden.dtype)
+            p[torch.arange(len(target), device=target.device), target] -= 1
+            ctx.save_for_backward((p.to(weight.dtype) @ weight).to(hidden.dtype), by_kl)
+        return nll, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_nll: Tensor, d_kl: Tensor) -> tuple[None, Tensor, None, None, None]:
+        by_nll, by_kl = ctx.saved_tensors
+        gradient = by_nll * d_nll[:, None]
+        if by_kl is not None:
+            gradient = gradient + by_kl * d_kl[:, None]
+        return None, gradient.to(by_nll.dtype), None, None, None
+
+
+def _block(*args: Any) -> tuple[Tensor, Tensor]:
+    return _losses(*args)[:2]
+
+
+def _losses(
     model: Any, hidden: Tensor, target: Tensor, teacher: Any, teacher_hidden: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of each token the two losses; and the log probabilities of model and teacher ``[N, V]``."""
     log_p = _log_probabilities(model, hidden)
     nll = -log_p.gather(-1, target[:, None])[:, 0]
     if teacher_hidden is None:
-        return nll, torch.zeros_like(nll)
+        return nll, torch.zeros_like(nll), log_p, None
     with torch.no_grad():
         log_t = _log_probabilities(teacher, teacher_hidden)
-    return nll, (log_t.exp() * (log_t - log_p)).sum(-1)
+    return nll, (log_t.exp() * (log_t - log_p)).sum(-1), log_p, log_t
 
 
 def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
