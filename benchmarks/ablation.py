@@ -44,7 +44,6 @@ class Row(NamedTuple):
     layers: tuple[int, ...] = (14,)
     window: int = 1024
     rate: float = 1.0  # times the learning rates of reading
-    slots: int = 768
 
 
 ROWS = {
@@ -59,8 +58,6 @@ ROWS = {
     "window 512": Row(window=512),
     "learning rates / 3": Row(rate=1 / 3),
     "learning rates x 3": Row(rate=3.0),
-    "256 slots": Row(slots=256),
-    "64 slots": Row(slots=64),
 }
 
 
@@ -79,7 +76,7 @@ class Bench:
         assert len(gaps) == 1, "memory layers are evenly spaced"
         changed = {
             "num_memory_layers": len(row.layers), "first_memory_layer": row.layers[0],
-            "memory_layer_interval": min(gaps), "sliding_window_size": row.window, "memory_num_slots": row.slots,
+            "memory_layer_interval": min(gaps), "sliding_window_size": row.window,
             "unigram_cache": False,
         }  # fmt: skip
         overrides = {**self.config.senri_overrides(), **changed}

@@ -240,6 +240,7 @@ class Session:
         return ids.to(self.model.device)
 
     def _generate(self, prompt: Tensor, cache: SenriCache, streamer: Any) -> str:
+        self.model.model.write_window(cache)
         cache.offset = cache.columns  # generate() counts the prompt alone
         out = self.model.generate(
             prompt,

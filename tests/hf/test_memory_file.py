@@ -34,17 +34,17 @@ def saved(make_senri, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("steps", [3, 30], ids=["short", "long"])
-@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("before", ["", "flush", "write_window"])
 @pytest.mark.parametrize("options", CASES, ids=lambda options: "-".join(map(str, options.values())))
 @torch.no_grad()
-def test_going_on_from_a_file_is_as_if_never_saved(make_senri, tokens, tmp_path, options, flush, steps):
+def test_going_on_from_a_file_is_as_if_never_saved(make_senri, tokens, tmp_path, options, before, steps):
     model, path = make_senri(**options), tmp_path / "a.senri"
     model.reset_memory(2)
     mask = torch.ones(2, steps)
     mask[1, :2] = 0
     model(tokens(2, steps), attention_mask=mask)
-    if flush:
-        model.flush()
+    if before:
+        getattr(model, before)()
     model.save_memory(path, source="a book", lines=(1, 2))
     more = [tokens(2, 5, seed=2), tokens(2, 11, seed=3)]
     expected = [model(ids).logits for ids in more]
@@ -53,7 +53,7 @@ def test_going_on_from_a_file_is_as_if_never_saved(make_senri, tokens, tmp_path,
     assert header["tokens_read"] == [steps, steps - 2]
     assert (header["source"], header["lines"], header["dtype"]) == ("a book", [1, 2], "float64")
     assert header == read_header(path)
-    assert other.session.has_padding == (not flush)
+    assert other.session.has_padding == (before != "flush")
     for ids, logits in zip(more, expected, strict=True):
         torch.testing.assert_close(other(ids).logits, logits, **EXACT)
     left, right = model.session.named_tensors(), other.session.named_tensors()

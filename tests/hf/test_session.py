@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from senri import load_base
+from senri.data import iter_bible
 from senri.hf.cache import SenriCache, without_memory
 from senri.memory import RULES
 from senri.memory.state import named_tensors
@@ -194,6 +196,80 @@ def test_a_short_text_is_whole_in_the_memory_after_flush(make_senri, tokens, key
     model.flush()
     torch.testing.assert_close(memories(model)[0].M[0], alone.state.layers[1].memory.memory.M[1], **EXACT)
     assert not model.session.has_padding
+
+
+@pytest.mark.parametrize("options", CASES, ids=name)
+@torch.no_grad()
+def test_what_the_window_holds_can_be_written_before_it_leaves(make_senri, tokens, options):
+    """But for the newest token, and once: what was written so is left out later."""
+    model, ids = make_senri(**options), tokens(2, 33)
+    model.reset_memory(2)
+    model(ids)
+    on = model.get_memory_state()
+    model.write_window()
+    number = 1 if options.get("memory_sharing") else 2
+    assert [m.written.tolist() for m in memories(model)] == [[32, 32]] * number
+    assert model.session.state.valid.all(), "the window stays"
+    before = model.get_memory_state()
+    model.write_window()
+    assert_states_equal(model.session, before)
+    model.flush()
+    model.model.flush(on)
+    assert_states_equal(model.session, on)
+
+
+@pytest.mark.parametrize("options", [case for case in CASES if case["memory_readout"] == "head"], ids=name)
+@torch.no_grad()
+def test_writing_the_window_early_changes_no_memory_in_the_end(make_senri, tokens, options):
+    """Nor do the rows' lengths; with the head read-out nothing that is written depends on what was read."""
+    model, ids = make_senri(**options), tokens(2, 60)
+    mask = torch.ones(2, 60)
+    mask[0, :4] = 0
+    results = []
+    for early in (False, True):
+        model.reset_memory(2)
+        for start, stop in ((0, 5), (5, 17), (17, 18), (18, 40), (40, 60)):
+            model(ids[:, start:stop], attention_mask=mask[:, start:stop])
+            if early:
+                model.write_window()
+                assert next(m.written.tolist() for m in memories(model)) == [max(stop - 5, 0), stop - 1]
+        model.flush()
+        results.append(model.get_memory_state())
+    assert_states_equal(*results)
+
+
+@torch.no_grad()
+def test_a_written_window_is_in_reach_of_a_question(make_senri, tokens):
+    """Of what is read and of nothing else: an emptied memory stays empty."""
+    model, ids = make_senri(update_rule="slot", memory_readout="head"), tokens(1, 7)
+    cache = model(ids).past_key_values
+    assert not any(m.M.any() for m in cache.memories.values()), "all of it is in the window"
+    empty = without_memory(cache)
+    for state in (cache, empty, model.model.new_cache()):
+        model.model.write_window(state)
+    assert all(m.M.any() for m in cache.memories.values())
+    assert not any(tensor.any() for m in empty.memories.values() for tensor in named_tensors(m).values())
+
+
+@torch.no_grad()
+def test_what_was_told_last_counts_while_it_is_in_the_window():
+    """The model that ships: a fact in the memory, and in the window what replaced it."""
+    model, tokenizer = load_base("float32")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    book = encode("".join(verse for verse, _ in zip(iter_bible(), range(140), strict=False)))
+    first, last = encode(" Mary moved to the kitchen."), encode(" Mary went back to the garden.")
+    model.read([*book[:200], *first, *book[200:1700], *last, *book[1700:1900]])
+    said = []
+    for early in (False, True):
+        cache = model.get_memory_state()
+        if early:
+            model.model.write_window(cache)
+        logits = model(torch.tensor([encode(" Mary is in the")]), past_key_values=cache).logits
+        said.append(tokenizer.decode(logits[0, -1].argmax()))
+    assert said == [" kitchen", " garden"]
 
 
 @pytest.mark.parametrize("options", CASES, ids=name)

@@ -130,6 +130,7 @@ class SenriReader:
     def answer(self, states: Sequence[SenriCache], questions: Sequence[Question]) -> list[str]:
         """See :class:`Reader`. All states must have read the same number of tokens."""
         cache = SenriCache.concat(states)
+        self.model.model.write_window(cache)
         cache.offset = cache.columns  # generate() counts the prompt alone
         prompts = torch.tensor([question.prompt for question in questions], device=self.model.device)
         return generate(self.model, self.tokenizer, prompts, cache, questions)

@@ -30,6 +30,7 @@ class ModelState(NamedTuple):
     layers: tuple[LayerState, ...]
     ids: Tensor  # [B, N] int64, the last N = W + K - 1 tokens
     valid: Tensor  # [B, N] bool; False: before the text, or padding
+    written: Tensor  # [B, N] bool: their pairs are in the memory already (SenriModel.write_window)
     surprise: Tensor | None  # [B, N] nats
     last_hidden: Tensor | None  # [B, hidden]: predicts the next token, whose surprise it gives
     position: Tensor  # [B] int64: tokens read in each row, padding not counted

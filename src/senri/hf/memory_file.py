@@ -19,7 +19,7 @@ from senri.hf.decoder import build_store
 from senri.memory.rules import RULES
 from senri.memory.state import MemoryState, Slots, named_tensors
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # Fields of the header that must equal the model's, and what they are called in a message.
 _MUST_MATCH = (
     "format_version",
@@ -225,6 +225,7 @@ def _trim(state: ModelState) -> ModelState:
         layers=layers,
         ids=state.ids[:, first:],
         valid=state.valid[:, first:],
+        written=state.written[:, first:],
         surprise=None if state.surprise is None else state.surprise[:, first:],
         counts=None if state.counts is None or not state.counts.any() else state.counts,
     )

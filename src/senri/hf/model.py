@@ -256,6 +256,7 @@ class SenriModel(SenriPreTrainedModel):
                 layers=tuple(layers),
                 ids=cast(Tensor, stream.ids)[:, -slots:],
                 valid=stream.valid[:, -slots:],
+                written=cast(Tensor, stream.written)[:, -slots:],
                 position=state.position + steps,
                 since_flush=state.since_flush + steps,
                 deferred=hidden,
@@ -323,6 +324,7 @@ class SenriModel(SenriPreTrainedModel):
                 layers=tuple(layers),
                 ids=empty,
                 valid=empty.bool(),
+                written=empty.bool(),
                 surprise=None if state.surprise is None else state.surprise.new_zeros(empty.shape[0], slots),
                 since_flush=torch.zeros_like(state.since_flush),
                 deferred=None,  # no one will look back at it
@@ -331,6 +333,33 @@ class SenriModel(SenriPreTrainedModel):
             columns=0,
         )
         cache.has_padding = False
+
+    @torch.no_grad()
+    def write_window(self, cache: SenriCache) -> None:
+        """Write what the window still holds into the memory, too, and keep the window: what a question needs.
+
+        What was told last may contradict what the memory holds from before, and only what is written can replace it
+        there. The newest token waits, since its write gate looks at the one that follows. Nothing is written twice:
+        these tokens leave the window without being written, and after :meth:`flush` the memory is the same as without
+        this call.
+        """
+        state = cache.state
+        if state is None:
+            return
+        window = self.config.sliding_window_size
+        nothing = torch.zeros(state.ids.shape[0], window, dtype=torch.bool, device=state.ids.device)
+        now = state.valid.clone()
+        now[:, -1] = False
+        stream = self._stream(state, nothing, nothing.long(), nothing.to(self.dtype))
+        waits = torch.cat([state.written | ~now, nothing], dim=1)
+        layers = list(state.layers)
+        for i, memory in self.memories.items():
+            old = cast(MemoryLayerState, layers[i].memory)
+            if old.memory is not None:
+                blank = old.recent.new_zeros(*nothing.shape, old.recent.shape[2])
+                after = memory.write(blank, stream._replace(written=waits), old, self.embed_tokens.weight)
+                layers[i] = layers[i]._replace(memory=old._replace(memory=after.memory))
+        cache.commit(state._replace(layers=tuple(layers), written=state.written | now), columns=0)
 
     # one piece ------------------------------------------------------------------------------------------------
 
@@ -386,6 +415,7 @@ class SenriModel(SenriPreTrainedModel):
             layers=tuple(layers),
             ids=state.ids if stream.ids is None else stream.ids[:, -slots:],
             valid=stream.valid[:, -slots:],
+            written=cast(Tensor, stream.written)[:, -slots:],
             surprise=None if stream.surprise is None else stream.surprise[:, -slots:],
             last_hidden=last_hidden,
             position=state.position + valid.sum(1),
@@ -411,13 +441,14 @@ class SenriModel(SenriPreTrainedModel):
         return layer(*args)
 
     def _stream(self, state: ModelState, valid: Tensor, ids: Tensor | None, surprise: Tensor | None) -> MemoryStream:
-        """The recent tokens' flags, ids and surprise, followed by the new ones'."""
+        """The recent tokens' flags, ids and surprise, followed by the new ones', of which none is written."""
 
         def append(old: Tensor | None, new: Tensor | None) -> Tensor | None:
             return old if old is None or new is None else torch.cat([old, new.to(old.dtype)], dim=1)
 
         both = torch.cat([state.valid, valid], dim=1)
-        return MemoryStream(both, append(state.ids, ids), append(state.surprise, surprise))
+        written = torch.cat([state.written, torch.zeros_like(valid)], dim=1)
+        return MemoryStream(both, append(state.ids, ids), append(state.surprise, surprise), written)
 
     @torch.no_grad()
     def _surprise(self, hidden: Tensor, ids: Tensor, valid: Tensor, last_hidden: Tensor | None) -> Tensor:
@@ -512,6 +543,7 @@ class SenriModel(SenriPreTrainedModel):
             layers=layers,
             ids=ids,
             valid=ids.bool(),
+            written=ids.bool(),
             surprise=ids.to(torch.promote_types(dtype, torch.float32)) if surprised else None,
             last_hidden=keys.new_zeros(batch_size, config.hidden_size) if surprised else None,
             position=torch.zeros(batch_size, dtype=torch.long, device=device),

@@ -129,6 +129,16 @@ class SessionMixin:
         with torch.no_grad():
             self.model.flush(self._open_session())
 
+    def write_window(self) -> None:
+        """Before a question in a running text: the memory gets what the window holds, too, and the window stays.
+
+        :meth:`senri.Session.ask` does this by itself. See :meth:`senri.hf.SenriModel.write_window`.
+
+        Raises:
+            RuntimeError: no session is open.
+        """
+        self.model.write_window(self._open_session())
+
     @torch.no_grad()
     def read(
         self,

@@ -181,6 +181,7 @@ class MemoryStream(NamedTuple):
     valid: Tensor  # [B, W + K - 1 + T] bool; False: before the text, or padding
     ids: Tensor | None  # [B, W + K - 1 + T]; only the head read-out needs them
     surprise: Tensor | None  # [B, W + K - 1 + T] nats; only the surprise write gate needs it
+    written: Tensor | None = None  # [B, W + K - 1 + T] bool: pairs that the memory has already; None: of these none
 
 
 class Leaving(NamedTuple):
@@ -470,6 +471,9 @@ class MemoryAttention(nn.Module):
         """What leaves the window while the last ``steps`` of ``inputs`` ``[B, W + K - 1 + T, hidden]`` come in."""
         past = slice(0, steps + self.taps - 1)  # of what leaves, and before
         part = slice(self.taps - 1, past.stop)
+        valid = stream.valid[:, part]
+        if stream.written is not None:
+            valid = valid & ~stream.written[:, part]
         logits = self._write_logits(inputs, stream, steps)
         beta = None if logits is None else self.write_gate.strength(logits)
         return Leaving(
@@ -477,8 +481,8 @@ class MemoryAttention(nn.Module):
             self._values(inputs[:, past], stream, embedding),
             beta,
             logits if self.rule == "slot" else None,  # the odds tell pairs apart whose gates are 1
-            self._log_forget(inputs[:, part], stream.valid[:, part], memory.written),
-            stream.valid[:, part],
+            self._log_forget(inputs[:, part], valid, memory.written),
+            valid,
         )
 
     def write_and_read(
