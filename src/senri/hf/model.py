@@ -350,6 +350,8 @@ class SenriModel(SenriPreTrainedModel):
         nothing = torch.zeros(state.ids.shape[0], window, dtype=torch.bool, device=state.ids.device)
         now = state.valid.clone()
         now[:, -1] = False
+        if not (now & ~state.written).any():
+            return
         stream = self._stream(state, nothing, nothing.long(), nothing.to(self.dtype))
         waits = torch.cat([state.written | ~now, nothing], dim=1)
         layers = list(state.layers)
