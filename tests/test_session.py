@@ -110,6 +110,24 @@ def test_a_text_is_read_to_its_end(session, book, ids, fed, length):
     assert same(read, tensors(session))
 
 
+def test_a_question_finds_what_the_window_holds(session, ids, monkeypatch):
+    """All but its newest token; asked without a memory, nothing; and asking leaves it as it was."""
+    generate, seen = session.model.generate, []
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["past_key_values"].memories[1].written.tolist())
+        return generate(*args, **kwargs)
+
+    session.model.read(ids[:40])
+    before = tensors(session)
+    monkeypatch.setattr(session.model, "generate", spy)
+    session.ask("Where is Mary?")
+    session.ask("Where is Mary?", memory=False)
+    assert same(before, tensors(session))
+    session.say("Where is Mary?")
+    assert seen == [[39], [0], [39]]
+
+
 def test_texts_add_up(session, book, ids):
     session.read_tokens(iter([ids[:100]]), "book.txt")
     session.read_tokens(iter([ids[:50]]), "book.txt")

@@ -523,3 +523,17 @@ def test_decided_is_said_row_by_row():
     signs = lambda said: [ord(c) - 29 for c in said]  # noqa: E731
     rows = torch.tensor([signs(";;ab"), signs("xxa;"), signs("xx;a"), signs("xx  ")])
     assert decided(rows, None).tolist() == [False, True, True, False]
+
+
+@torch.no_grad()
+def test_a_question_finds_what_the_window_holds(make_reader, monkeypatch):
+    """But for the newest token; the control that is without memory stays so, and the state as it was."""
+    seen = []
+    monkeypatch.setattr(readers, "generate", lambda model, tokenizer, prompts, cache, questions: seen.append(cache))
+    reader, ids = make_reader(HEAD), text(30)
+    for memory in (True, False):
+        state = reader.read(ids, 30, memory=memory)
+        before = [m.written.tolist() for m in state.memories.values()]
+        reader.answer([state], [question()])
+        assert [m.written.tolist() for m in state.memories.values()] == before
+    assert [[m.written.tolist() for m in cache.memories.values()] for cache in seen] == [[[29]] * 2, [[0]] * 2]

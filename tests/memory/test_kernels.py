@@ -226,6 +226,7 @@ def picked(monkeypatch, changes):
     options = {"rule": "delta_token", "dtype": torch.bfloat16, "steps": 9, "key_dim": 6, "value_dim": 4, **changes}
     shape = {name: options.pop(name) for name in ("steps", "dtype", "key_dim", "value_dim")}
     q, k, v, *_ = inputs(**shape).values()
+    q = q[:, :, : options.pop("query_heads", None)]
     if "value_dtype" in options:
         v = v.to(options.pop("value_dtype"))
     scan(q, k, v, chunk_size=8, **options)
@@ -247,6 +248,7 @@ def picked(monkeypatch, changes):
         ({"value_dtype": torch.float32}, False),
         ({"steps": 8}, False),
         ({"steps": 0}, False),
+        ({"query_heads": 0}, False),
         ({"key_dim": 258}, False),
         ({"key_dim": 5}, False),
         ({"value_dim": 3}, False),
