@@ -149,3 +149,32 @@ def test_half_precision_weighs_in_single(attention):
     made = half(hidden.bfloat16(), projected.bfloat16(), *at_valid)
     assert made.dtype == torch.bfloat16
     torch.testing.assert_close(made.double(), attention(hidden, projected, *at_valid), rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 12])
+def test_a_piece_is_the_same_by_blocks(attention, steps):
+    """Against :meth:`forward`, padding and a position that sees nothing included, with all gradients."""
+    batch, size = 2, CONTEXT - 1 + steps
+    valid = torch.rand(batch, size, generator=torch.Generator().manual_seed(3)) < 0.7
+    valid[0, :CONTEXT] = False
+    valid[1] = True
+    rows = torch.arange(batch * size).view(batch, size)[:, CONTEXT - 1 :, None] - torch.arange(CONTEXT)
+    at = rows.flatten(0, 1)
+
+    def gathered(hidden, projected):
+        flat = attention(hidden.flatten(0, 1), projected.flatten(0, 1), at, valid.flatten()[at])
+        return flat.unflatten(0, (batch, steps))
+
+    found = []
+    for function in (lambda *inputs: attention.of_piece(*inputs, valid), gathered):
+        inputs = [random(batch, size, n, seed=n).requires_grad_() for n in (HIDDEN, HEADS * WIDTH)]
+        made = function(*inputs)
+        gradients = torch.autograd.grad((made * random(*made.shape, seed=5)).sum(), [*inputs, *attention.parameters()])
+        found.append((made, gradients))
+    (made, gradients), (expected, wanted) = found
+    assert made.shape == (batch, steps, HEADS * WIDTH)
+    assert (made[0, 0] == 0).all()
+    torch.testing.assert_close(made, expected, **EXACT)
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(gradient, other, rtol=1e-9, atol=1e-10)

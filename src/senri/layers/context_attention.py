@@ -59,17 +59,56 @@ class ContextAttention(nn.Module):
         Returns:
             ``[n, P]``; zeros for a position that sees nothing.
         """
-        scores = self.score_proj(F.layer_norm(hidden, hidden.shape[-1:]))
-        asks, offers = scores.unflatten(-1, (2, self.num_heads, SCORE_DIM)).unbind(-3)
-        values = projected.unflatten(-1, (self.num_heads, -1))
+        asks, offers, values = self._heads(hidden, projected)
         mixed = []
         for rows, there in zip(at.split(BLOCK), valid.split(BLOCK), strict=True):
             ask = asks[rows[:, 0]] * there[:, :1, None]  # padding must not matter
             score = torch.einsum("nhd,nchd->nhc", ask, offers[rows]) * SCORE_DIM**-0.5 + self.bias
-            score = score.to(torch.promote_types(score.dtype, torch.float32))
-            seen = there[:, None]
-            # not -inf: a position that sees nothing would get no number, and no gradient
-            weight = score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1) * seen
-            weight = weight.to(values.dtype)
+            weight = _weights(score, there[:, None]).to(values.dtype)
             mixed.append(torch.einsum("nhc,nchd->nhd", weight, values[rows]).flatten(1))
         return torch.cat(mixed) if mixed else projected.new_zeros(0, projected.shape[-1])
+
+    def of_piece(self, hidden: Tensor, projected: Tensor, valid: Tensor) -> Tensor:
+        """:meth:`forward` of neighbouring positions, without copying for each what it sees: by blocks of C, each of
+        which sees itself and the block before it.
+
+        Args:
+            hidden: the layer's inputs ``[B, C - 1 + T, hidden]``; projected: ``[B, C - 1 + T, P]``.
+            valid: ``[B, C - 1 + T]``, False where there is no token.
+
+        Returns:
+            of the last T positions, ``[B, T, P]``.
+        """
+        context = self.bias.shape[1]
+        steps = hidden.shape[1] - context + 1
+        asks, offers, values = self._heads(hidden, projected)
+
+        def blocks(x: Tensor) -> Tensor:  # [B, C - 1 + T, ...] -> [B, N + 1, C, ...]; the first holds what is past
+            return F.pad(x, (0, 0) * (x.ndim - 2) + (1, -steps % context)).unflatten(1, (-1, context))
+
+        def both(x: Tensor) -> Tensor:  # what each of N blocks sees: [B, N, 2C, ...]
+            x = blocks(x)
+            return torch.cat([x[:, :-1], x[:, 1:]], dim=2)
+
+        ask = blocks(asks * valid[..., None, None])[:, 1:]  # padding must not matter
+        score = torch.einsum("bnihd,bnjhd->bnhij", ask, both(offers)) * SCORE_DIM**-0.5
+        place = torch.arange(2 * context, device=hidden.device)
+        back = place[context:, None] - place  # [C, 2C]
+        near = (back >= 0) & (back < context)
+        score = score + self.bias[:, back.clamp(0, context - 1)]
+        weight = _weights(score, (near & both(valid)[:, :, None])[:, :, None]).to(values.dtype)
+        mixed = torch.einsum("bnhij,bnjhd->bnihd", weight, both(values))
+        return mixed.flatten(3).flatten(1, 2)[:, :steps]
+
+    def _heads(self, hidden: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What asks and what offers, ``[..., H, SCORE_DIM]``, and what is mixed, ``[..., H, P / H]``."""
+        scores = self.score_proj(F.layer_norm(hidden, hidden.shape[-1:]))
+        asks, offers = scores.unflatten(-1, (2, self.num_heads, SCORE_DIM)).unbind(-3)
+        return asks, offers, projected.unflatten(-1, (self.num_heads, -1))
+
+
+def _weights(score: Tensor, seen: Tensor) -> Tensor:
+    """Softmax over what is ``seen``; zeros where nothing is."""
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    # not -inf: a position that sees nothing would get no number, and no gradient
+    return score.masked_fill(~seen, torch.finfo(score.dtype).min).softmax(-1) * seen

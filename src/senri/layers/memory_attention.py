@@ -592,6 +592,10 @@ class MemoryAttention(nn.Module):
         """:meth:`address` of the last T of ``inputs`` ``[B, T + K - 1, hidden]``: ``[B, T, H * D]``; zeros where none
         of ``needed`` ``[B, T, H]`` is set.
         """
+        if needed is None and self.context_size and name != "v":
+            seen = slice(0, -1) if name == "k" else slice(1, None)  # oldest first
+            rows = inputs[:, seen]
+            return self.context.of_piece(rows, getattr(self, f"{name}_proj")(rows), valid[:, seen])
         batch, size = valid.shape
         steps = size - self.taps + 1
         newest = torch.arange(self.taps - 1, size, device=valid.device)
