@@ -257,6 +257,28 @@ def test_an_answer_from_an_emptied_memory_is_that_of_one_that_read_nothing(sessi
     assert same(before, tensors(session))
 
 
+def test_what_the_model_says_itself_is_not_written(session, real_tokenizer):
+    told, said = 0, 0
+    for message, answer in (("Who made the heaven?", "God did, in the beginning."), ("And then?", "The earth.")):
+        tokens = [*real_tokenizer(answer)["input_ids"], 2]
+        told += session.prompt(message, first=told == 0).shape[1]
+        said += len(tokens) - 1  # the next turn's format brings the end
+        session.generation = {"max_new_tokens": len(tokens), "logits_processor": [Says(tokens)]}
+        session.say(message)
+    assert session.state.tokens_read == [told + said]
+    session.model.flush()
+    assert session.state.memories[1].written.tolist() == [told]
+
+
+def test_an_answer_longer_than_the_window_is_left_out_as_far_as_it_can_be(session, real_tokenizer):
+    tokens = real_tokenizer("the earth " * 50)["input_ids"][:90]
+    session.generation = {"max_new_tokens": 90, "logits_processor": [Says(tokens)]}
+    session.say("Who made the heaven?")
+    before = session.state.memories[1].written.tolist()
+    session.model.flush()
+    assert session.state.memories[1].written.tolist() == before
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_turns_are_fed_in_the_chat_format_each_token_once(session, real_tokenizer, fed, ends):
     messages = ["Who made the heaven?", "And then?", "one \x00 two"]

@@ -195,9 +195,11 @@ class Session:
         return answer
 
     def say(self, message: str, streamer: Any = None) -> str:
-        """One turn of a conversation: the message and the answer become part of the memory.
+        """One turn of a conversation: the message becomes part of the memory, message and answer part of the window.
 
-        A turn that Ctrl-C or an error cuts short leaves no trace.
+        What the model says itself is nothing that it was told: an old value repeated in an answer would be the last
+        that the memory hears of it, and stand against the message. A turn that Ctrl-C or an error cuts short leaves no
+        trace.
 
         Raises:
             ValueError: an empty message, or one longer than the window.
@@ -252,6 +254,7 @@ class Session:
         answer = out[0, prompt.shape[1] :]
         ended = int(answer[-1]) == self.tokenizer.eos_token_id
         self._unfed = out[:, out.shape[1] :] if ended else out[:, -1:]  # the next turn's format brings the end token
+        cache.leave_out(len(answer) - 1)  # all that was fed back
         return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     # files ----------------------------------------------------------------------------------------------------

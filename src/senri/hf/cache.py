@@ -30,7 +30,7 @@ class ModelState(NamedTuple):
     layers: tuple[LayerState, ...]
     ids: Tensor  # [B, N] int64, the last N = W + K - 1 tokens
     valid: Tensor  # [B, N] bool; False: before the text, or padding
-    written: Tensor  # [B, N] bool: their pairs are in the memory already (SenriModel.write_window)
+    written: Tensor  # [B, N] bool: their pairs are in the memory (SenriModel.write_window) or never will be (leave_out)
     surprise: Tensor | None  # [B, N] nats
     last_hidden: Tensor | None  # [B, hidden]: predicts the next token, whose surprise it gives
     position: Tensor  # [B] int64: tokens read in each row, padding not counted
@@ -117,6 +117,16 @@ class SenriCache(Cache):
         for i, memory in memories.items():
             layers[i] = layers[i]._replace(memory=layers[i].memory._replace(memory=memory))  # type: ignore[union-attr]
         self.commit(self.state._replace(layers=tuple(layers)), columns=0)
+
+    def leave_out(self, tokens: int) -> None:
+        """The last ``tokens`` stay in the window, and will not be written when they leave it.
+
+        Of what has left it by now nothing changes.
+        """
+        assert self.state is not None
+        written = self.state.written.clone()
+        written[:, max(written.shape[1] - tokens, 0) :] = True
+        self.commit(self.state._replace(written=written), columns=0)
 
     @property
     def tokens_read(self) -> list[int]:

@@ -298,7 +298,7 @@ class SenriModel(SenriPreTrainedModel):
     def flush(self, cache: SenriCache) -> None:
         """Write what the window still holds into the memory and empty the window, sinks included: the end of a text.
 
-        Afterwards each token read so far has been written exactly once.
+        Afterwards each token read so far has been written exactly once, but for those of :meth:`SenriCache.leave_out`.
         """
         if cache.state is None:
             return
