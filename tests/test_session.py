@@ -271,8 +271,8 @@ def test_what_the_model_says_itself_is_not_written(session, real_tokenizer):
 
 
 def test_an_answer_longer_than_the_window_is_left_out_as_far_as_it_can_be(session, real_tokenizer):
-    tokens = real_tokenizer("the earth " * 50)["input_ids"][:90]
-    session.generation = {"max_new_tokens": 90, "logits_processor": [Says(tokens)]}
+    tokens = real_tokenizer("the earth " * 50)["input_ids"][:70]
+    session.generation = {"max_new_tokens": 70, "logits_processor": [Says(tokens)]}
     session.say("Who made the heaven?")
     before = session.state.memories[1].written.tolist()
     session.model.flush()

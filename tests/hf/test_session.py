@@ -252,6 +252,7 @@ def test_a_written_window_is_in_reach_of_a_question(make_senri, tokens):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_what_was_told_last_counts_while_it_is_in_the_window():
     """The model that ships: a fact in the memory, and in the window what replaced it."""
     model, tokenizer = load_base("float32")

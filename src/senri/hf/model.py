@@ -303,19 +303,13 @@ class SenriModel(SenriPreTrainedModel):
         if cache.state is None:
             return
         state = cache.state
-        slots = state.ids.shape[1]
-        window = self.config.sliding_window_size
-        nothing = torch.zeros(state.ids.shape[0], window, dtype=torch.bool, device=state.ids.device)
-        stream = self._stream(state, nothing, nothing.long(), nothing.to(self.dtype))
+        memories = self._with_window(state)
         layers = []
         for i, old in enumerate(state.layers):
-            memory = old.memory
+            memory = memories.get(i, old.memory)
             if memory is not None:
-                if memory.memory is not None:
-                    blank = memory.recent.new_zeros(*nothing.shape, memory.recent.shape[2])
-                    _, memory = self.memories[i](blank, stream, memory, self.embed_tokens.weight)
-                    memory = memory._replace(memory=memory.memory.end_of_text())
-                memory = memory._replace(recent=torch.zeros_like(memory.recent))
+                ended = None if memory.memory is None else memory.memory.end_of_text()
+                memory = MemoryLayerState(ended, torch.zeros_like(memory.recent))
             sinks = (torch.zeros_like(old.sink_keys), torch.zeros_like(old.sink_values))
             layers.append(LayerState(old.keys[:, :, :0], old.values[:, :, :0], *sinks, memory))
         empty = torch.zeros_like(state.ids)
@@ -325,7 +319,7 @@ class SenriModel(SenriPreTrainedModel):
                 ids=empty,
                 valid=empty.bool(),
                 written=empty.bool(),
-                surprise=None if state.surprise is None else state.surprise.new_zeros(empty.shape[0], slots),
+                surprise=None if state.surprise is None else torch.zeros_like(state.surprise),
                 since_flush=torch.zeros_like(state.since_flush),
                 deferred=None,  # no one will look back at it
                 counts=None if state.counts is None else torch.zeros_like(state.counts),  # another text, other words
@@ -346,22 +340,30 @@ class SenriModel(SenriPreTrainedModel):
         state = cache.state
         if state is None:
             return
-        window = self.config.sliding_window_size
-        nothing = torch.zeros(state.ids.shape[0], window, dtype=torch.bool, device=state.ids.device)
         now = state.valid.clone()
         now[:, -1] = False
         if not (now & ~state.written).any():
             return
-        stream = self._stream(state, nothing, nothing.long(), nothing.to(self.dtype))
-        waits = torch.cat([state.written | ~now, nothing], dim=1)
         layers = list(state.layers)
+        for i, memory in self._with_window(state, left_out=state.written | ~now).items():
+            layers[i] = layers[i]._replace(memory=memory)
+        cache.commit(state._replace(layers=tuple(layers), written=state.written | now), columns=0)
+
+    def _with_window(self, state: ModelState, left_out: Tensor | None = None) -> dict[int, MemoryLayerState]:
+        """Each layer that writes, with what the window still holds written too, but for ``left_out`` ``[B, N]``."""
+        batch, window = state.ids.shape[0], self.config.sliding_window_size
+        nothing = torch.zeros(batch, window, dtype=torch.bool, device=state.ids.device)
+        stream = self._stream(state, nothing, nothing.long(), nothing.to(self.dtype))
+        if left_out is not None:
+            stream = stream._replace(written=torch.cat([left_out, nothing], dim=1))
+        layers = {}
         for i, memory in self.memories.items():
-            old = cast(MemoryLayerState, layers[i].memory)
+            old = cast(MemoryLayerState, state.layers[i].memory)
             if old.memory is not None:
                 blank = old.recent.new_zeros(*nothing.shape, old.recent.shape[2])
-                after = memory.write(blank, stream._replace(written=waits), old, self.embed_tokens.weight)
-                layers[i] = layers[i]._replace(memory=old._replace(memory=after.memory))
-        cache.commit(state._replace(layers=tuple(layers), written=state.written | now), columns=0)
+                after = memory.write(blank, stream, old, self.embed_tokens.weight)
+                layers[i] = old._replace(memory=after.memory)
+        return layers
 
     # one piece ------------------------------------------------------------------------------------------------
 
