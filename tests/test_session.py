@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
+from senri import load_base
 from senri.data import TextError
 from senri.hf.convert import convert_to_senri
 from senri.hf.memory_file import MemoryFileError, read_header
@@ -268,6 +269,20 @@ def test_what_the_model_says_itself_is_not_written(session, real_tokenizer):
     assert session.state.tokens_read == [told + said]
     session.model.flush()
     assert session.state.memories[1].written.tolist() == [told]
+
+
+@pytest.mark.slow
+def test_what_a_message_says_anew_is_answered_from_then_on(real_text):
+    """The model that ships: a number in the memory, then another one told in the conversation."""
+    model, tokenizer = load_base("float32")
+    session = Session(model, tokenizer, generation={"max_new_tokens": 20})
+    fact, question = "The telephone number of Edwin Cole is {}.", "What is the telephone number of Edwin Cole?"
+    model.read(f"{real_text[:6000]} {fact.format(5550173)} {real_text[6000:9000]}", tokenizer)
+    model.flush()
+    assert session.ask(question) == fact.format(5550173)
+    session.say(fact.format(7771234))
+    assert session.say(question) == fact.format(7771234)
+    assert session.ask(question) == fact.format(7771234)
 
 
 def test_an_answer_longer_than_the_window_is_left_out_as_far_as_it_can_be(session, real_tokenizer):
