@@ -40,6 +40,7 @@ def test_keys_behind_the_window_come_from_the_memory_alone(script, real_text):
     assert len(lines) >= 1 + 3 * len(rows)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_which_keys_are_told(script, real_text, tmp_path):
     (tmp_path / "bible.txt").write_text(real_text)
     one, again, other = (script.prepare(str(tmp_path), 4096, seed) for seed in (0, 0, 1))

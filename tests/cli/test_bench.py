@@ -57,6 +57,7 @@ def run_folder(result):
     return Path(re.search(r"results go to (\S+)", result.out).group(1))
 
 
+@pytest.mark.slow
 def test_a_run_with_all_its_files_and_once_more(senri, bench):
     result = senri("bench")
     assert (result.code, result.err) == (0, "")

@@ -580,6 +580,7 @@ def test_as_a_module_without_torch():
     assert "read text of any length in constant memory" in module.stdout
 
 
+@pytest.mark.slow
 def test_the_real_model_with_the_configuration_as_it_ships(senri, book):
     shutil.rmtree("config")
     result = senri("read", book, "-o", "book.senri")

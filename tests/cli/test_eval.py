@@ -54,6 +54,7 @@ def run_folder(result):
     return Path(re.search(r"results go to (\S+)", result.out).group(1))
 
 
+@pytest.mark.slow
 def test_an_evaluation_with_all_its_files_and_once_more(senri, evaluation):
     result = senri("eval")
     assert (result.code, result.err) == (0, "")
@@ -75,6 +76,7 @@ def test_an_evaluation_with_all_its_files_and_once_more(senri, evaluation):
     assert (folder / "records.jsonl").read_text().count("\n") == len(records), "nothing was answered twice"
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_on(senri, evaluation, interrupt):
     evaluation(suites=["niah"])
     interrupt("forward", 30)

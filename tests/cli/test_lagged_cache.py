@@ -50,6 +50,7 @@ def configure(real_text, tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 def test_all_ways_of_training_are_compared_and_nothing_is_done_twice(configure, capsys, monkeypatch) -> None:
     folder = lagged_cache.run(ConfigManager())
     report = read_report(folder / "report.json")

@@ -85,6 +85,7 @@ def test_a_training_with_all_its_files_and_its_adapter_read_with(senri, training
     assert len(log_of("run")) == 4
 
 
+@pytest.mark.slow
 def test_the_default_folder_and_training_from_an_adapter(senri, training):
     first = senri("train")
     assert first.code == 0, first
@@ -120,6 +121,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(senri, training, monkeypatch):
     assert bytes_[0] == bytes_[1]
 
 
+@pytest.mark.slow
 def test_another_text_and_other_settings_are_other_runs(senri, training, one_line):
     assert senri("train", "-o", "run", "--data", "texts/one.txt").code == 0
     one_line(senri("train", "-o", "run"), r"run holds a training with other settings \(data_digests\): name another")
@@ -149,6 +151,7 @@ def test_a_folder_that_is_something_else(senri, training, one_line):
     one_line(senri("train", "-o", "texts"), "texts exists and is no training")
 
 
+@pytest.mark.slow
 def test_full_weights_and_a_saved_senri_model(senri, training, senri_folder):
     training(trainable="all", distillation_weight=0.5)
     result = senri("train", "-o", "run")
@@ -160,6 +163,7 @@ def test_full_weights_and_a_saved_senri_model(senri, training, senri_folder):
     assert "calibrated" not in senri("train", "-o", "more").out
 
 
+@pytest.mark.slow
 def test_lora_cannot_be_trained_further(senri, training, one_line):
     training(trainable="memory+lora")
     assert senri("train", "-o", "run").code == 0
@@ -248,6 +252,7 @@ def test_a_training_on_features_and_its_adapter_read_with(senri, training):
     assert read.code == 0, read
 
 
+@pytest.mark.slow
 def test_a_training_on_features_goes_on(senri, training, monkeypatch):
     from senri.training.fit import Reading
 

@@ -342,6 +342,7 @@ def test_no_pair_is_in_the_window_when_it_is_asked(run, knowing, real_tokenizer)
         assert len(ids) == record["tokens"] + WINDOW
 
 
+@pytest.mark.slow
 def test_a_run_on_a_model_resumes_without_asking_again(run, model, real_tokenizer, tmp_path):
     said = []
     reader = SenriReader(model, real_tokenizer, piece_size=64)

@@ -143,6 +143,7 @@ def test_assisted_decoding_is_refused(make_senri, tokens):
         generate(make_senri(), tokens(1, 5), assistant_model=make_senri(random=False))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_real_weights(make_real, real_ids, real_tokenizer):
     model = make_real(random=True, memory_readout="head", update_rule="delta_token")

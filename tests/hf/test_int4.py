@@ -149,6 +149,7 @@ def test_changed_weights_are_packed_anew(make, tokens):
             assert torch.equal(one_by_one(model, ids), before)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_base_that_ships_loses_nothing(real_ids, calls):
     """Its weights are four-bit: answers are as near to float32's as bfloat16's, token by token."""
