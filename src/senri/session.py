@@ -254,7 +254,7 @@ class Session:
         answer = out[0, prompt.shape[1] :]
         ended = int(answer[-1]) == self.tokenizer.eos_token_id
         self._unfed = out[:, out.shape[1] :] if ended else out[:, -1:]  # the next turn's format brings the end token
-        cache.leave_out(len(answer) - 1)  # all that was fed back
+        cache.leave_out(len(answer) - 1)  # all that was fed back; an unfed last token comes with the next message
         return self.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     # files ----------------------------------------------------------------------------------------------------
