@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
 
 from senri.config import ConfigManager
 from senri.data.corpus import load_documents
@@ -29,12 +28,13 @@ from senri.evaluation.statistics import share
 from senri.hf.base import load_model
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.training.features import Features, collect, load_features, save_features
-from senri.training.fit import Reading, Text, fit_write_gates, prepare
+from senri.training.fit import Reading, fit_write_gates, prepare
 from senri.training.settings import FeatureSettings
 
 STREAMS, DEV_STREAMS, TEXTS = 24, 9, 120  # a third of the streams has no facts
 GATE_STEPS, STEPS = 500, 200
 SEED, DEV_SEED = 0, 1000
+ANSWERS = ("right", "overwritten", "untold", "unrelated", "messages")  # that are counted
 ALL_LAYERS = (6, 10, 14, 18, 22)  # whose inputs one reading keeps
 
 
@@ -122,19 +122,21 @@ class Bench:
 @torch.no_grad()
 def ask(reading: Reading) -> dict[str, tuple[int, int]]:
     """Answers right and asked, of all facts and of those told again; answers that the memory should leave and leaves,
-    to facts not told and to anything else; plain tokens written, and tokens of values.
+    to facts not told, to anything else and to messages that tell a fact; plain tokens written, and tokens of values.
     """
-    count = {name: [0, 0] for name in ("right", "overwritten", "untold", "unrelated")}
+    count = {name: [0, 0] for name in ANSWERS}
     for number in range(TEXTS):
         reading.rng = Random(f"{DEV_SEED}/{number}")
         text = reading.draw()
         questions = [*text.asked, *text.unknown]
-        added = added_by(reading, text)
+        ((added,), _), sizes = reading.added([text]), [len(question.target) for question in questions]
+        added = added[: sum(sizes)].split(sizes)
         for place, (question, more) in enumerate(zip(questions, added, strict=True)):
             final = question.final.float()
             now, before = ((x @ reading.embedding.T).argmax(-1) for x in (final + more, final))
             if place >= len(text.asked):
-                kinds, good = ["untold" if question.page >= 0 else "unrelated"], bool((now == before).all())
+                kind = "untold" if not question.left_to_base else "messages" if question.page >= 0 else "unrelated"
+                kinds, good = [kind], bool((now == before).all())
             elif question.fact < 0:
                 continue
             else:
@@ -155,17 +157,6 @@ def ask(reading: Reading) -> dict[str, tuple[int, int]]:
     return {name: (good, total) for name, (good, total) in count.items()}
 
 
-def added_by(reading: Reading, text: Text) -> list[Tensor]:
-    """What all memories add at each question's answer tokens, a tensor a question."""
-    sizes = [len(question.target) for question in (*text.asked, *text.unknown)]
-    total: Tensor | float = 0.0
-    for index, memory in reading.model.model.memories.items():
-        (added,), _ = reading.reads(index, memory, [text])
-        total = total + added[: sum(sizes)]
-    assert isinstance(total, Tensor)
-    return list(total.split(sizes))
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """In Markdown; shares of answers with 95 % Wilson intervals."""
 
@@ -173,15 +164,12 @@ def table(results: list[dict[str, Any]]) -> str:
         found = share(*pair)
         return f"{pair[0]} of {pair[1]} [{found.low:.0%}, {found.high:.0%}]"
 
-    columns = ("right", "overwritten", "untold", "unrelated")
-    lines = [
-        "| | right | overwritten | untold: left alone | unrelated: left alone | plain tokens written | of values |"
-    ]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    left = " | ".join(f"{name}: left alone" for name in ANSWERS[2:])
+    lines = [f"| | right | overwritten | {left} | plain tokens written | of values |", f"|---{'|---:' * 7}|"]
     for result in results:
         plain, values = (result[f"{kind} tokens written"] for kind in ("plain", "value"))
         rates = f"{plain[0] / plain[1]:.2%} | {values[0] / values[1]:.0%}"
-        lines.append(f"| {result['name']} | {' | '.join(shown(result[name]) for name in columns)} | {rates} |")
+        lines.append(f"| {result['name']} | {' | '.join(shown(result[name]) for name in ANSWERS)} | {rates} |")
     return "\n".join(lines)
 
 

@@ -82,7 +82,7 @@ def _kind(about: str) -> str:
 @torch.no_grad()
 def right(reading: Reading, choose: Choose, rng: Random) -> tuple[int, int]:
     """Questions answered right, and asked."""
-    embedding, (index, memory) = reading.embedding, next(iter(reading.model.model.memories.items()))
+    embedding = reading.embedding
     asked = [q for page in reading.fact_pages for q in reading.by_page[page] if q.fact >= 0]
     rng.shuffle(asked)
     texts = []
@@ -94,7 +94,7 @@ def right(reading: Reading, choose: Choose, rng: Random) -> tuple[int, int]:
     hits = 0
     for start in range(0, len(texts), BATCH):
         group = texts[start : start + BATCH]
-        for text, added in zip(group, reading.reads(index, memory, group)[0], strict=True):
+        for text, added in zip(group, reading.added(group)[0], strict=True):
             (question,) = text.asked
             said = ((question.final.float() + added[: len(question.target)]) @ embedding.T).argmax(-1)
             value = slice(question.value_from, -END if len(question.target) - question.value_from > END else None)
@@ -105,12 +105,11 @@ def right(reading: Reading, choose: Choose, rng: Random) -> tuple[int, int]:
 @torch.no_grad()
 def changed(reading: Reading, rng: Random) -> tuple[int, int]:
     """Of the base's answers to what nothing answers, those that a page of facts changes, and all."""
-    embedding, (index, memory) = reading.embedding, next(iter(reading.model.model.memories.items()))
-    count = 0
+    embedding, count = reading.embedding, 0
     for question in reading.unrelated:
         page = rng.choice(reading.fact_pages)
         told = [(page, frozenset(range(len(reading.features.facts[page]))))]
-        (added,), _ = reading.reads(index, memory, [Text(told, [question], [], int(reading.silent[0]))])
+        (added,), _ = reading.added([Text(told, [question], [], int(reading.silent[0]))])
         final = question.final.float()
         now = (final + added[: len(final)]) @ embedding.T
         count += bool((now.argmax(-1) != (final @ embedding.T).argmax(-1)).any())

@@ -10,7 +10,7 @@ import pytest
 import senri.data.pages as module
 from senri.data.corpus import Document
 from senri.data.haystack import encode
-from senri.data.pages import FILLER, IN_SIGHT, LATE, LEAD, NO_LEAD, RIVAL, ROOM, RecallPages
+from senri.data.pages import FILLER, IN_SIGHT, LATE, LEAD, MESSAGE, NO_LEAD, RIVAL, ROOM, RecallPages
 from senri.data.samples import SampleError
 from senri.data.training_chat import PROMPTS
 
@@ -52,8 +52,9 @@ def same(a, b):
     questions = [
         [(q.lead.tolist(), q.fact, q.exchange) for q in page.questions] for page in (a, b)
     ]  # arrays have no equality of their own
+    questions += [[(m.lead.tolist(), m.fact, m.exchange) for m in page.messages] for page in (a, b)]
     rest = [(p.ids.tolist(), p.write.tolist(), p.facts, p.fact_of.tolist(), p.source) for p in (a, b)]
-    return questions[0] == questions[1] and rest[0] == rest[1]
+    return questions[0] == questions[1] and questions[2] == questions[3] and rest[0] == rest[1]
 
 
 def runs(mask):
@@ -261,6 +262,37 @@ def test_the_own_fact_is_in_sight_exactly_where_the_page_is_not_asked(make, real
             _, value, _ = value_of(question, real_tokenizer)
             _, seen = in_sight(question, page, real_tokenizer)
             assert any(holds(texts[number], value) for number in seen) or share == 0
+
+
+def test_messages_tell_facts_of_their_page(make, monkeypatch, real_tokenizer):
+    """In the words of a page's fact; a message of what was told again stands for the last of these."""
+    monkeypatch.setattr(module, "MESSAGE", 1.0)
+    source = make(size=1024)
+    old, own, late = 0, 0, []
+    for page in (page for index in STREAMS for page in source.stream(index)):
+        texts = texts_of(page, real_tokenizer)
+        assert page.messages
+        for message in page.messages:
+            late.append(message.late)
+            book, exchange = message.lead, message.exchange
+            assert in_books(book, source) if len(book) else True
+            assert not (message.late and len(book))
+            text = real_tokenizer.decode(exchange.prompt).partition("user\n")[2].partition("<|im_end|>")[0]
+            assert (exchange.answer, exchange.value_from, message.left_to_base) == ([], 0, True)
+            (about,) = {page.facts[number] for number, told in enumerate(texts) if told.strip() == text}
+            assert page.facts[message.fact] == about
+            assert about not in page.facts[message.fact + 1 :]
+            own += texts[message.fact].strip() == text
+            old += texts[message.fact].strip() != text
+    assert own > 50
+    assert old > 10
+    assert 0.3 < np.mean(late) < 0.7
+
+
+def test_without_a_chat_format_there_are_no_messages(make, fact_pages):
+    assert not any(page.messages for index in STREAMS for page in make(chat=0.0).stream(index))
+    groups = sum(len(set(page.facts)) for page in fact_pages)  # some hold several things
+    assert 0 < sum(len(page.messages) for page in fact_pages) < 1.5 * MESSAGE * groups
 
 
 @pytest.mark.parametrize("chat", [0.0, 0.3])

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from senri.data.corpus import Document
-from senri.data.pages import RecallPages
+from senri.data.pages import Page, RecallPages
 from senri.data.training_sample import TrainingSample
 from senri.hf.convert import convert_to_senri
 from senri.training.features import collect
@@ -137,7 +137,12 @@ def make_reader(randomise):
 
 
 class FewPrompts(RecallPages):
-    """The base's answers to what no page answers take their time."""
+    """The base's answers to what no page answers take their time; and small pages would hold hardly a message."""
+
+    def stream(self, index: int) -> list[Page]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("senri.data.pages.MESSAGE", 0.6)
+            return super().stream(index)
 
     def unrelated(self) -> list[list[int]]:
         return super().unrelated()[:6]

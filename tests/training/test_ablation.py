@@ -16,7 +16,7 @@ SETTINGS = FeatureSettings(
     fact_pages=3, plain_pages=1, learning_rate=1e-3, gate_learning_rate=5e-3, weight_decay=0.0, save_steps=2,
 )  # fmt: skip
 TOLD = ("right", "overwritten")
-LEFT = ("untold", "unrelated")
+LEFT = ("untold", "unrelated", "messages")
 
 
 @pytest.fixture
@@ -29,6 +29,16 @@ def script(monkeypatch):
     return module
 
 
+def says(monkeypatch, reading, of):
+    """Let the memories add what ``of`` makes of each question."""
+    plain = torch.zeros(fit.SILENT, reading.embedding.shape[1])
+
+    def added(texts):
+        return [torch.cat([*(of(q) for q in (*text.asked, *text.unknown)), plain]) for text in texts], {}
+
+    monkeypatch.setattr(reading, "added", added)
+
+
 @pytest.fixture
 def reading(script, make_reader, make_features):
     model = make_reader()
@@ -36,10 +46,7 @@ def reading(script, make_reader, make_features):
 
 
 def test_a_memory_that_says_every_answer_is_right_and_leaves_nothing_alone(script, reading, monkeypatch):
-    def all_of(reading, text):
-        return [100 * reading.embedding[question.target] for question in (*text.asked, *text.unknown)]
-
-    monkeypatch.setattr(script, "added_by", all_of)
+    says(monkeypatch, reading, lambda question: 100 * reading.embedding[question.target])
     reading.embedding = torch.nn.functional.normalize(reading.embedding, dim=-1)
     found = script.ask(reading)
     assert all(found[name][0] == found[name][1] > 0 for name in TOLD), found
@@ -47,9 +54,7 @@ def test_a_memory_that_says_every_answer_is_right_and_leaves_nothing_alone(scrip
 
 
 def test_an_empty_memory_leaves_all_alone_and_is_hardly_ever_right(script, reading, monkeypatch):
-    monkeypatch.setattr(
-        script, "added_by", lambda reading, text: [torch.zeros_like(q.final) for q in (*text.asked, *text.unknown)]
-    )
+    says(monkeypatch, reading, lambda question: torch.zeros_like(question.final))
     found = script.ask(reading)
     assert found["right"][0] < 0.1 * found["right"][1]
     assert all(found[name][0] == found[name][1] > 3 for name in LEFT)
@@ -59,14 +64,15 @@ def test_what_several_memories_add_is_summed(script, reading):
     reading.rng = script.Random(0)
     text = reading.draw()
     with torch.no_grad():
-        added = torch.cat(script.added_by(reading, text))
+        (added,), shares = reading.added([text])
         each = [reading.reads(i, m, [text])[0][0] for i, m in reading.model.model.memories.items()]
     assert len(each) == 2
-    torch.testing.assert_close(added, sum(each)[: len(added)])
+    assert shares == {}, "a matrix has no slots"
+    torch.testing.assert_close(added, sum(each))
 
 
 def test_a_table_has_a_row_for_each_result(script):
-    counts = {"right": (90, 100), "overwritten": (8, 10), "untold": (50, 60), "unrelated": (1, 2)}
+    counts = {"right": (90, 100), "overwritten": (8, 10), "untold": (50, 60), "unrelated": (1, 2), "messages": (3, 4)}
     written = {"plain tokens written": (1, 1000), "value tokens written": (3, 4)}
     lines = script.table([{"name": "layer 6", **counts, **written}]).splitlines()
     assert lines[-1].startswith("| layer 6 | 90 of 100 [83%, 94%] | 8 of 10 [")

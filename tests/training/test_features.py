@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from senri.layers import taps_of
 from senri.training.features import (
     BATCH,
-    UNRELATED_TOKENS,
+    REPLY_TOKENS,
     AskedFeatures,
     collect,
     load_features,
@@ -95,7 +95,7 @@ def test_questions_are_what_the_model_makes_of_each_alone(
     streams = (0, 1, 2)
     model = make_reader(memory_conv_size=conv_size, memory_context_size=context_size)
     running = ids_of(pages.stream(2)).tolist()
-    found = [asked for asked in make_features(model, streams).asked if asked.page >= 0]
+    found = [asked for asked in make_features(model, streams).asked if not asked.left_to_base]
     before = taps_of(conv_size, context_size) - 1
     expected = []
     for number, page in enumerate(page for index in streams for page in pages.stream(index)):
@@ -130,20 +130,30 @@ def test_questions_behind_a_text_need_one(model, make_features):
         make_features(model, (0, 1))
 
 
-def test_what_no_page_answers_is_answered_by_the_base(features, pages, make_reader):
-    found = [asked for asked in features.asked if asked.page == -1]
-    plain, expected = make_reader(num_memory_layers=0), []
-    for prompt in pages.unrelated():
+@pytest.mark.parametrize("what", ["no page answers", "a message tells"])
+def test_the_base_answers(features, pages, make_reader, what):
+    found = [asked for asked in features.asked if asked.left_to_base and (asked.page == -1) == (what[0] == "n")]
+    if what == "no page answers":
+        prompts = [(-1, -1, prompt, None) for prompt in pages.unrelated()]
+    else:
+        read = [page for index in STREAMS for page in pages.stream(index)]
+        said = [(number, message) for number, page in enumerate(read) for message in page.messages]
+        prompts = [(n, m.fact, [*m.lead.tolist(), *m.exchange.prompt], m.late) for n, m in said]
+        assert {late for *_, late in prompts} == {True, False}
+    plain, expected, late = make_reader(num_memory_layers=0), [], len(prompts) // 2
+    for page, fact, prompt, _late in prompts:
         ids = torch.tensor([prompt])
         out = plain.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=UNRELATED_TOKENS, do_sample=False, pad_token_id=2
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=REPLY_TOKENS, do_sample=False, pad_token_id=2
         )
-        expected.append(out[0, len(prompt) :].tolist())
+        expected.append((page, fact, out[0, len(prompt) :].tolist()))
     assert expected
-    assert sorted(asked.target.tolist() for asked in found) == sorted(expected)
-    assert all((asked.fact, asked.value_from) == (-1, 0) for asked in found)
+    assert sorted((asked.page, asked.fact, asked.target.tolist()) for asked in found) == sorted(expected)
+    assert all(asked.value_from == 0 for asked in found)
+    if what == "a message tells":
+        late = sum(behind for *_, behind in prompts)
     own = [torch.equal(plain.lm_head(asked.final).argmax(-1), asked.target) for asked in found]
-    assert sum(own) == len(found) // 2, "nothing but the base's own words, but where it is asked behind a text"
+    assert sum(own) == len(found) - late, "nothing but the base's own words, but where it is asked behind a text"
 
 
 def test_all_is_shown_at_last(model, pages):

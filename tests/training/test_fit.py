@@ -278,7 +278,7 @@ def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pag
     write_some(model, features)
     reading = Reading(model, features, SETTINGS, seed=0)
     asked, size, count = questions(pages, streams), pages.size * pages.pages, pages.pages
-    window, known = model.config.sliding_window_size, [q for q in features.asked if q.page >= 0][-len(asked) :]
+    window, known = model.config.sliding_window_size, [q for q in features.asked if not q.left_to_base][-len(asked) :]
     of_page = [(q, *of) for q, of in zip(known, asked, strict=True) if of[0].shape[1] <= window]
     start = int(reading.silent[0])
     texts, real, first_tokens, shares = [], [], 0, []
@@ -442,7 +442,8 @@ def test_an_address_is_that_of_the_answers_own_tokens(make_reading):
 @pytest.mark.parametrize("where", ["on another page", "on its page"])
 def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_reading, features, where):
     """And none whose own fact is left out: unless it stands in sight, or is asked as one that nothing answers."""
-    asked_of_pages = [q for q in features.asked if q.page >= 0]
+    asked_of_pages = [q for q in features.asked if not q.left_to_base]
+    messages = [q for q in features.asked if q.left_to_base and q.page >= 0]
     question = next(q for q in asked_of_pages if 0 <= q.fact < len(features.facts[q.page]) - 1)
     words = features.facts[question.page][question.fact]
     if where == "on its page":
@@ -452,7 +453,7 @@ def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_readin
     facts = [list(said) for said in features.facts]
     facts[again[0]][again[1]] = words
     reading = make_reading(replace(features, facts=facts))
-    seen, shares, whole, strange, in_sight = set(), set(), 0, 0, 0
+    seen, shares, whole, strange, in_sight, contradicted = set(), set(), 0, 0, 0, 0
     for i in range(800):
         reading.rng = Random(i)
         text = reading.draw()
@@ -478,7 +479,12 @@ def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_readin
         no_answer = [
             q for q in asked_of_pages if q.page in places and q.fact >= 0 and facts[q.page][q.fact] not in said
         ]
-        unknown, unrelated = ([q for q in text.unknown if (q.page == -1) == alien] for alien in (False, True))
+        unknown = [q for q in text.unknown if not q.left_to_base]
+        unrelated, said = ([q for q in text.unknown if q.left_to_base and (q.page == -1) == alien] for alien in (1, 0))
+        could_say = [q for q in messages if q.page in places]
+        assert {id(q) for q in said} <= {id(q) for q in could_say}
+        assert len({id(q) for q in said}) == len(said) == min(len(could_say), fit.MESSAGES)
+        contradicted += sum((q.page, q.fact) in true for q in said)
         assert {id(q) for q in unknown} <= {id(q) for q in no_answer}
         assert len({id(q) for q in unknown}) == len(unknown) == min(len(no_answer), fit.UNKNOWN)
         assert len({id(q) for q in unrelated}) == len(unrelated) == fit.UNRELATED
@@ -497,6 +503,7 @@ def test_no_question_is_asked_that_is_contradicted_later_in_the_text(make_readin
     assert max(shares) == 1.0
     assert whole > 100
     assert strange > 100
+    assert contradicted > 100
     assert in_sight > 0
 
 

@@ -24,6 +24,7 @@ NO_LEAD = 0.25  # share of the questions without: asked in an empty window, as a
 LATE = 0.5  # share of the questions that are asked behind thousands of tokens of book text
 RIVAL = 0.3  # share of the questions, where there is one, with another fact of the group in sight
 IN_SIGHT = 0.1  # share of the questions whose own fact stands in sight
+MESSAGE = 0.15  # share of the groups of which a chat message tells a fact
 
 
 FILLER = (
@@ -42,6 +43,7 @@ class Question:
     late: bool  # asked behind a running text: the lead follows on one without facts
     fact: int  # number of the page's fact that answers; -1: the answer stands in the lead
     exchange: Exchange
+    left_to_base: bool = False  # right is what the base says, whatever was read
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Page:
     ids: np.ndarray  # [size] int32
     write: np.ndarray  # [size] int8, as in TrainingSample
     questions: tuple[Question, ...]
+    messages: tuple[Question, ...]  # that tell a fact themselves, left to the base; without answers yet
     facts: tuple[str, ...]  # what each is about, in order: another value for the same contradicts it
     fact_of: np.ndarray  # [size] int16: number of the fact that a token belongs to, or -1
     source: str
@@ -121,7 +124,8 @@ class RecallPages:
                 fact_of[start:stop] = fact
             told_here = tuple(told.about for recall in recalls for told in recall.told)
             asked = tuple(self._questions(recalls, rng))
-            made.append(Page(ids, write, asked, told_here, fact_of, stretch.source, opens))
+            said = tuple(self._messages(recalls, Random(f"{self.seed}/messages/{index}/{number}")))
+            made.append(Page(ids, write, asked, said, told_here, fact_of, stretch.source, opens))
         return made
 
     def _again_and_again(self, rng: Random) -> list[Page]:
@@ -131,7 +135,7 @@ class RecallPages:
         ids = np.array((said * (size // len(said) + 1))[:size], dtype=np.int32).reshape(self.pages, self.size)
         nothing = np.zeros(self.size, dtype=np.int8)
         none = np.full(self.size, -1, dtype=np.int16)
-        return [Page(row, nothing, (), (), none, "filler", number == 0) for number, row in enumerate(ids)]
+        return [Page(row, nothing, (), (), (), none, "filler", number == 0) for number, row in enumerate(ids)]
 
     def unrelated(self) -> list[list[int]]:
         """Token ids of texts and questions that no page answers, to be answered as by the base."""
@@ -173,6 +177,19 @@ class RecallPages:
                     before = [] if late else self._lead(rng)
                     lead = np.array([*before, *encode(self.tokenizer, shown)], dtype=np.int32)
                     made.append(Question(lead, late, -1 if seen else first + asked.fact, exchange))
+            first += len(recall.told)
+        return made
+
+    def _messages(self, recalls: Sequence[Recall], rng: Random) -> list[Question]:
+        """Facts as a chat message tells them, often with another value than the page told last: the base replies."""
+        made, first = [], 0
+        for recall in recalls:
+            if self.forms.chat and rng.random() < MESSAGE:
+                said = rng.choice(recall.told)
+                last = max(number for number, told in enumerate(recall.told) if told.about == said.about)
+                late = rng.random() < LATE
+                lead = np.array([] if late else self._lead(rng), dtype=np.int32)
+                made.append(Question(lead, late, first + last, self.forms.message(said.text.strip()), True))
             first += len(recall.told)
         return made
 

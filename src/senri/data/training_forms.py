@@ -49,6 +49,10 @@ class Forms:
             texts.append(self._first + question + self._end)
         return [encode(self.tokenizer, text) for text in texts]
 
+    def message(self, text: str) -> Exchange:
+        """A chat turn that leaves the whole answer open."""
+        return Exchange(encode(self.tokenizer, self._first + text + self._end), [], 0)
+
     def _plain(self, asked: Asked, first: bool, rng: Random) -> Exchange:
         form = rng.choice(("begun", "begun", "free", "bare"))  # begun: what most evaluations ask
         prompt, begun = _QUESTION.format(question=asked.question), f" {asked.begun}"

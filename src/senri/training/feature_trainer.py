@@ -60,6 +60,7 @@ def train_on_features(
         features = load_features(path)
         say(f"features of {len(features.ids):,} tokens and {len(features.asked):,} questions are there already")
     else:
+        say(f"making {settings.streams:,} streams of pages, and asking the base for its own answers ...")
         model.to(dtype)
         features = collect(model, source, range(settings.streams), batch=BATCH, show=_progress(show, started))
         model.float()

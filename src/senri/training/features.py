@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,17 @@ from senri.hf.modeling_senri import SenriForCausalLM
 from senri.layers import taps_of
 from senri.training.settings import TrainingError
 
-BATCH = 16  # questions of one pass
-UNRELATED_TOKENS = 24  # of the base's answer to a question that no page answers
+BATCH, REPLIES = 16, 64  # questions of one pass, and of one pass that the base replies to
+REPLY_TOKENS = 24  # of the base's own answer
 
 
 @dataclass
 class AskedFeatures:
     """One question: the answer's tokens and what predicts each."""
 
-    page: int  # -1: one that no page answers; the answer is the base's own
+    page: int  # -1: one that no page answers
     fact: int  # of its page; -1: it stands in sight of the question
+    left_to_base: bool  # the answer is the base's own: no page answers, or the question tells the fact itself
     target: Tensor  # [A] int64
     value_from: int  # its tokens before the value
     final: Tensor  # [A, hidden]: the base's last hidden state that predicts each target
@@ -114,8 +115,10 @@ def collect(
     # read whole: plain text, whose prediction the memory must not disturb; and all where a gate asks for the surprise
     whole = [model.config.write_gate == "surprise" or not any(page.facts for page in pages) for pages in texts]
     asked = [(number, question) for number, page in enumerate(flat) for question in page.questions]
+    asked_of_base = [(number, message) for number, page in enumerate(flat) for message in page.messages]
+    asked_of_base += [(-1, question) for question in _unrelated(source)]
     with memory_left_out(model):
-        asked += [(-1, question) for question in _unrelated(model, source)]
+        asked += _answered(model, asked_of_base, source.tokenizer.eos_token_id)
     asked.sort(key=lambda item: _length(item[1]))
     late = [item for item in asked if item[1].late]
     plain = [number for number, pages in enumerate(texts) if not any(page.facts for page in pages)]
@@ -201,27 +204,36 @@ def _length(question: Question) -> int:
     return len(question.lead) + len(question.exchange.prompt) + len(question.exchange.answer)
 
 
-def _unrelated(model: SenriForCausalLM, source: RecallPages) -> list[Question]:
-    """Questions that no page answers, with the base's answer."""
-    prompts, end = sorted(source.unrelated(), key=len), source.tokenizer.eos_token_id
-    made: list[Question] = []
-    for start in range(0, len(prompts), BATCH):
-        group = prompts[start : start + BATCH]
-        longest = max(map(len, group))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in group], device=model.device)
-        there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in group])
+def _unrelated(source: RecallPages) -> list[Question]:
+    """Questions that no page answers, every other one behind a text; without answers yet."""
+    prompts = sorted(source.unrelated(), key=len)
+    nothing = np.zeros(0, dtype=np.int32)
+    return [Question(nothing, n % 2 == 1, -1, Exchange(prompt, [], 0), True) for n, prompt in enumerate(prompts)]
+
+
+def _answered(
+    model: SenriForCausalLM, asked: Sequence[tuple[int, Question]], end: int
+) -> Iterator[tuple[int, Question]]:
+    """The questions with the answers that the base gives in an empty window.
+
+    Behind a text it would say something else, but this stays what is right there.
+    """
+    asked = sorted(asked, key=lambda item: _length(item[1]))
+    for group in _batches(asked, REPLIES):
+        prompts = [[*q.lead.tolist(), *q.exchange.prompt] for _, q in group]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        there = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         out = model.generate(
             ids,
             attention_mask=there.to(model.device),
-            max_new_tokens=UNRELATED_TOKENS,
+            max_new_tokens=REPLY_TOKENS,
             do_sample=False,
             pad_token_id=end,
         )[:, longest:]
-        for prompt, answer in zip(group, out.tolist(), strict=True):
+        for (page, question), answer in zip(group, out.tolist(), strict=True):
             answer = answer[: answer.index(end) + 1] if end in answer else answer
-            late = len(made) % 2 == 1  # what the base says there differs from its answer, but stays what is right
-            made.append(Question(np.zeros(0, dtype=np.int32), late, -1, Exchange(prompt, answer, 0)))
-    return made
+            yield page, replace(question, exchange=question.exchange._replace(answer=answer))
 
 
 def _surprise(model: SenriForCausalLM, final: Tensor, ids: Tensor, stream: Tensor, block: int = 512) -> Tensor:
@@ -259,8 +271,8 @@ def _pieces(ids: Tensor, size: int, last: int) -> list[Tensor]:
     return [*ids[:, :cut].split(size, 1), ids[:, cut:]]
 
 
-def _batches(asked: Sequence[tuple[int, Question]]) -> Iterator[Sequence[tuple[int, Question]]]:
-    return (asked[start : start + BATCH] for start in range(0, len(asked), BATCH))
+def _batches(asked: Sequence[tuple[int, Question]], size: int = BATCH) -> Iterator[Sequence[tuple[int, Question]]]:
+    return (asked[start : start + size] for start in range(0, len(asked), size))
 
 
 def _ask(
@@ -290,6 +302,7 @@ def _ask(
             AskedFeatures(
                 page,
                 q.fact,
+                q.left_to_base,
                 torch.tensor(q.exchange.answer),
                 q.exchange.value_from,
                 out[r, first:stop].cpu().clone(),

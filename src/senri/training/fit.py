@@ -31,7 +31,8 @@ ANSWERS = 128  # answer tokens of one text at most
 BEGUN_WEIGHT = 0.3  # of an answer's tokens before the value, which the base knows by itself
 ADDRESS_WEIGHT = 1.0  # of finding the slot that holds an answer's token, where there are slots
 UNKNOWN_WEIGHT = 2.0  # of straying from the base where the memory has no answer
-UNKNOWN, UNRELATED = 3, 2  # questions of a text that its memory does not answer: about facts not told, about anything
+# questions of a text that its memory does not answer: about facts not told, about anything, and messages that tell one
+UNKNOWN, UNRELATED, MESSAGES = 3, 2, 2
 
 
 Show = Callable[[dict[str, Any]], None]
@@ -177,7 +178,7 @@ class Text(NamedTuple):
 
     pages: list[Pages]
     asked: list[AskedFeatures]  # the memory, or what stands in sight, answers
-    unknown: list[AskedFeatures]  # nothing does: what the base says is right
+    unknown: list[AskedFeatures]  # nothing does, or the message tells it: what the base says is right
     plain: int  # first token of a stretch of plain text
 
 
@@ -193,9 +194,11 @@ class Reading:
         self.embedding = model.model.embed_tokens.weight.detach()
         self.pairs = {i: self._pairs(i, memory) for i, memory in model.model.memories.items()}
         self.by_page: dict[int, list[AskedFeatures]] = {}
+        self.messages: dict[int, list[AskedFeatures]] = {}
         self.unrelated: list[AskedFeatures] = []
         for asked in features.asked:
-            (self.by_page.setdefault(asked.page, []) if asked.page >= 0 else self.unrelated).append(asked)
+            of_page = self.messages if asked.left_to_base else self.by_page
+            (of_page.setdefault(asked.page, []) if asked.page >= 0 else self.unrelated).append(asked)
         self.fact_pages = sorted(self.by_page)
         self.plain_pages = [page for page, facts in enumerate(features.facts) if not facts]
         self.vocabulary, self.place = self._vocabulary()
@@ -330,6 +333,8 @@ class Reading:
             some.append(question)
         unknown = rng.sample(unknown, min(UNKNOWN, len(unknown)))
         unknown += rng.sample(self.unrelated, min(UNRELATED, len(self.unrelated)))
+        messages = [q for page in told for q in self.messages.get(page, [])]
+        unknown += rng.sample(messages, min(MESSAGES, len(messages)))
         left = [(page, frozenset(number for p, number in kept if p == page)) for page in pages]
         return Text(left, some, unknown, int(self.silent[rng.randrange(len(self.silent))]))
 
@@ -349,12 +354,8 @@ class Reading:
             weights.append(torch.cat([*ones, torch.ones(SILENT)]))
             sizes = [sum(len(q.target) for q in part) for part in (text.asked, text.unknown)]
             kinds.append(torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([*sizes, SILENT])))
-        added = [torch.zeros_like(final) for final in finals]
-        addressed = []
-        for index, memory in self.model.model.memories.items():
-            reads, shares = self.reads(index, memory, texts)
-            added = [a + read for a, read in zip(added, reads, strict=True)]
-            addressed += [] if shares is None else [self._addressed(index, texts, shares)]
+        added, shares = self.added(texts)
+        addressed = [self._addressed(index, texts, of_memory) for index, of_memory in shares.items()]
         final, target, kind = torch.cat(finals), self.place[torch.cat(targets)], torch.cat(kinds)
         weight = torch.cat(weights) * (target >= 0)
         with_memory = ((final + torch.cat(added)) @ self.targets.T).log_softmax(-1)
@@ -413,6 +414,19 @@ class Reading:
         end = torch.zeros(len(twice), 1, dtype=torch.bool)
         end[1:, 0] = twice[1:] == twice[:-1]
         return rows[twice], strength[twice].masked_fill(end, 0.0)
+
+    def added(self, texts: list[Text]) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+        """What all memories together add, ``[n, hidden]`` a text, and of rule ``slot`` each one's shares: see
+        :meth:`reads`.
+        """
+        total: list[Tensor] = []
+        shares: dict[int, list[Tensor]] = {}
+        for index, memory in self.model.model.memories.items():
+            reads, of_memory = self.reads(index, memory, texts)
+            total = [a + b for a, b in zip(total, reads, strict=True)] if total else reads
+            if of_memory is not None:
+                shares[index] = of_memory
+        return total, shares
 
     def reads(self, index: int, memory: MemoryAttention, texts: list[Text]) -> tuple[list[Tensor], list[Tensor] | None]:
         """What the memory adds at each text's answer tokens and plain tokens, ``[n, hidden]`` a text; and of rule
