@@ -142,7 +142,7 @@ def ask(reading: Reading) -> dict[str, tuple[int, int]]:
             else:
                 facts = reading.features.facts[question.page]
                 kinds = ["right", *(["overwritten"] if facts.count(facts[question.fact]) > 1 else [])]
-                value = slice(question.value_from, len(question.target) - 2)  # the full stop, and the line's end
+                value = slice(len(question.target) - 2)  # the full stop, and the line's end
                 good = bool((now == question.target)[value].all())
             for kind in kinds:
                 count[kind][0] += good

@@ -97,7 +97,7 @@ def right(reading: Reading, choose: Choose, rng: Random) -> tuple[int, int]:
         for text, added in zip(group, reading.added(group)[0], strict=True):
             (question,) = text.asked
             said = ((question.final.float() + added[: len(question.target)]) @ embedding.T).argmax(-1)
-            value = slice(question.value_from, -END if len(question.target) - question.value_from > END else None)
+            value = slice(-END if len(question.target) > END else None)
             hits += bool((said == question.target)[value].all())
     return hits, len(texts)
 

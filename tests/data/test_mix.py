@@ -217,10 +217,9 @@ def test_books_are_packed_with_separators_and_all_of_it_is_scored(make, real_tok
 
 
 FORMS = {
-    "begun": re.compile(r"\n\nQuestion: (.+\?)\nAnswer: (\S.*)"),
-    "open": re.compile(r"\n\nQuestion: (.+\?)\nAnswer:"),
+    "text": re.compile(r"\n\nQuestion: (.+\?)\nAnswer:(?: (\S.*))?"),
     "chat": re.compile(r"(?:<\|im_start\|>system\n.*<\|im_end\|>)?\n<\|im_start\|>user\n(.+\?)<\|im_end\|>\n"
-                       r"<\|im_start\|>assistant\n"),
+                       r"<\|im_start\|>assistant\n(\S.*)?"),
 }  # fmt: skip
 
 
@@ -233,7 +232,7 @@ def exchanges(sample, tokenizer):
             prompt = ("\n" if prompt.startswith("\nQ") else "") + prompt
         form = next(name for name, pattern in FORMS.items() if pattern.fullmatch(prompt))
         groups = FORMS[form].fullmatch(prompt).groups()
-        found.append((form, groups[0], groups[1] if form == "begun" else "", answer))
+        found.append((form, groups[0], groups[1] or "", answer))
         start = b
     assert start == len(sample.ids), "the sample ends with an answer"
     return found
@@ -248,8 +247,8 @@ def values(sample, tokenizer):
 
 
 def answered(answer, value):
-    """Whether the answer ends with the value, and ends as answers do."""
-    return re.search(rf"(^|[ ]){re.escape(value)}\.(\n|<\|im_end\|>)$", answer)
+    """Whether the answer is the value, and ends as answers do."""
+    return re.fullmatch(rf" {re.escape(value)}\.(\n|<\|im_end\|>)", answer)
 
 
 @pytest.mark.parametrize("part", ["needle", "overwritten", "chain"])
@@ -271,14 +270,10 @@ def test_what_is_answered_was_told_beyond_the_window(make, real_tokenizer, part)
             start, stop = places[-1 if part == "overwritten" else 0]
             assert at - stop >= WINDOW
             assert stop - start < 40
-            forms[form] += 1
-            if form == "chat":
-                assert answer.endswith(".<|im_end|>")
-                assert answer.count(" ") > 1, "begun in the answer"
-            else:
-                assert re.fullmatch(r" [^\n]+\n", answer)
-            assert begun == "" or not begun.endswith(" ")
-    assert set(forms) == set(FORMS)
+            forms[form, begun != ""] += 1
+            assert answer.endswith(".<|im_end|>" if form == "chat" else ".\n")
+            assert not begun.endswith(" ")
+    assert set(forms) == set(product(FORMS, (True, False)))
 
 
 def test_needles_tell_one_two_or_four_facts_and_ask_for_some(make, real_tokenizer):
@@ -312,15 +307,15 @@ def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
             before = real_tokenizer.decode(sample.ids[stop - 40 : stop])
             if before.endswith(f" The secret key is: {value}."):
                 assert key.fullmatch(value)
-                for form, question, begun, answer in exchanges(sample, real_tokenizer):
+                for _, question, begun, answer in exchanges(sample, real_tokenizer):
                     if answered(answer, value):
                         assert question in ("What is the secret key mentioned above?", "What is the secret key?")
-                        seen[form, question, answer.removesuffix(".\n").replace(value, "VALUE")] += 1
+                        seen[question, begun != "", answer.replace(value, "VALUE")] += 1
                         assert begun.removesuffix(":") in ("", *OPENINGS, *spoken)
                         assert whole.count(value) == 2
     above = "What is the secret key mentioned above?"
-    for form, answer in (("begun", " VALUE"), ("open", " VALUE"), ("open", " The secret key is: VALUE")):
-        assert seen[form, above, answer], (form, answer)
+    for begun, end in product((True, False), ("\n", "<|im_end|>")):
+        assert seen[above, begun, f" VALUE.{end}"], (begun, end)
 
 
 def test_the_passkeys_number_is_labelled_both_times(make, real_tokenizer):
@@ -441,22 +436,25 @@ def test_some_answers_begin_in_other_words(real_tokenizer):
     for i in range(400):
         (exchange,) = forms.exchanges([asked], Random(i))
         whole = real_tokenizer.decode([*exchange.prompt, *exchange.answer])
-        assert real_tokenizer.decode(exchange.answer[exchange.value_from :]) == " kitchen.\n"
+        assert real_tokenizer.decode(exchange.answer) == " kitchen.\n"
         begun[whole.removeprefix("\n\nQuestion: Where is Ann?\nAnswer:").removesuffix(" kitchen.\n").strip()] += 1
     assert set(begun) == {"", asked.begun, *OPENINGS}
     opened = sum(begun[words] for words in OPENINGS)
     assert 0.15 < opened / (opened + begun[asked.begun]) < 0.35
+    assert 0.4 < begun[""] / 400 < 0.6
 
 
 def test_chat_answers_begin_in_other_words_too(real_tokenizer):
     forms, asked = Forms(real_tokenizer, chat=1.0), Asked("Where is Ann?", "Ann is in the", "kitchen", 0)
-    begun = Counter()
+    begun, turn = Counter(), forms.prompts("Where is Ann?")[-1]
     for i in range(200):
         (exchange,) = forms.exchanges([asked], Random(i))
-        assert real_tokenizer.decode(exchange.answer[exchange.value_from :]) == " kitchen.<|im_end|>"
-        begun[real_tokenizer.decode(exchange.answer[: exchange.value_from])] += 1
-    assert set(begun) == {asked.begun, *OPENINGS}
-    assert begun[asked.begun] > 100
+        assert real_tokenizer.decode(exchange.answer) == " kitchen.<|im_end|>"
+        assert exchange.prompt[: len(turn)] == turn
+        begun[real_tokenizer.decode(exchange.prompt[len(turn) :])] += 1
+    assert set(begun) == {"", asked.begun, *OPENINGS}
+    assert begun[asked.begun] > 50
+    assert 0.4 < begun[""] / 200 < 0.6
 
 
 @pytest.mark.parametrize("chat", [0.0, 0.3])
@@ -484,13 +482,13 @@ def test_chat_questions_are_what_the_session_asks(make, real_tokenizer):
         assert tail[: len(ids)] == ids
         assert sample.ids[-1] == real_tokenizer.eos_token_id
         assert sample.weight[-1] == 1
-        for _, question, _, answer in asked[1:]:
+        for (_, _, *reply), (_, question, *after) in pairwise(asked):
             several += 1
-            turns += [{"role": "assistant", "content": asked[0][3].removesuffix("<|im_end|>")}]
+            turns += [{"role": "assistant", "content": "".join(reply).removesuffix("<|im_end|>")}]
             turns += [{"role": "user", "content": question}]
-            whole = real_tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + answer
-            asked = [(None, None, None, answer)]
-            assert real_tokenizer.decode(tail[: len(encode(real_tokenizer, whole))]) == whole
+            whole = real_tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            whole += "".join(after)
+            assert real_tokenizer.decode(tail).startswith(whole)
     assert several
 
 
@@ -499,7 +497,7 @@ def test_without_a_chat_template_none_is_used(make, real_tokenizer):
     plain.chat_template = None
     mix = make("needle", chat=1.0, tokenizer=plain)
     for i in range(20):
-        assert {form for form, *_ in exchanges(mix[i], plain)} <= {"begun", "open"}
+        assert {form for form, *_ in exchanges(mix[i], plain)} == {"text"}
 
 
 # the text itself -------------------------------------------------------------------------------------------------

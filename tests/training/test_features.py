@@ -109,7 +109,7 @@ def test_questions_are_what_the_model_makes_of_each_alone(
             part = slice(len(ids) - len(exchange.answer) - 1, len(ids) - 1)  # what predicts the answer
             missing = max(before - part.start, 0)  # the text begins behind them
             kept = slice(part.start - before + missing, part.stop)
-            rest = (number, question.fact, exchange.answer, exchange.value_from, missing)
+            rest = (number, question.fact, exchange.answer, missing)
             behind = {i: F.pad(h[kept], (0, 0, missing, 0)) for i, h in hidden.items()}
             expected.append(((not question.late, length), rest, final[part], behind))
     expected.sort(key=lambda item: item[0])
@@ -117,7 +117,7 @@ def test_questions_are_what_the_model_makes_of_each_alone(
     assert len(found) == len(expected) > BATCH
     assert len({length for length, *_ in expected[:BATCH]}) > 3, "there is padding"
     for asked, (_, rest, final, hidden) in zip(found, expected, strict=True):
-        assert (asked.page, asked.fact, asked.target.tolist(), asked.value_from, asked.missing) == rest
+        assert (asked.page, asked.fact, asked.target.tolist(), asked.missing) == rest
         torch.testing.assert_close(asked.final, final, **CLOSE)
         for i in (1, 2):
             torch.testing.assert_close(asked.hidden[i], hidden[i], **CLOSE)
@@ -149,7 +149,6 @@ def test_the_base_answers(features, pages, make_reader, what):
         expected.append((page, fact, out[0, len(prompt) :].tolist()))
     assert expected
     assert sorted((asked.page, asked.fact, asked.target.tolist()) for asked in found) == sorted(expected)
-    assert all(asked.value_from == 0 for asked in found)
     if what == "a message tells":
         late = sum(behind for *_, behind in prompts)
     own = [torch.equal(plain.lm_head(asked.final).argmax(-1), asked.target) for asked in found]

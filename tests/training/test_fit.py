@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import senri.training.fit as fit
 from senri.layers import WriteGate
 from senri.training.features import Features, memory_left_out
-from senri.training.fit import BEGUN_WEIGHT, Reading, Text, check_model, fit_write_gates, prepare
+from senri.training.fit import Reading, Text, check_model, fit_write_gates, prepare
 from senri.training.settings import FeatureSettings, TrainingError
 
 from ..conftest import STORES
@@ -321,12 +321,9 @@ def test_a_text_of_pages_is_what_the_model_reads(make_reader, make_features, pag
                           for part in (slice(4), slice(4, None)))  # fmt: skip
     asked, unknown = ([q for text in texts for q in text[part]] for part in (1, 2))
     target = torch.cat([q.target for q in asked])
-    weight = torch.cat([torch.where(torch.arange(len(q.target)) < q.value_from, BEGUN_WEIGHT, 1.0) for q in asked])
     chosen = {token: i for i, token in enumerate(reading.vocabulary.tolist())}
     target = torch.tensor([chosen[token] for token in target.tolist()])
-    losses = F.cross_entropy(answers, target, reduction="none")
-    assert (weight < 1).any()
-    assert found["answers"].item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-4)
+    assert found["answers"].item() == pytest.approx(F.cross_entropy(answers, target).item(), rel=1e-4)
     base = model.lm_head(torch.cat([q.final for q in unknown]))[:, reading.vocabulary].softmax(-1)
     strayed = (base * (base.log() - strangers.log_softmax(-1))).sum(-1).mean().item()
     assert strayed > 1e-3
@@ -412,19 +409,18 @@ def test_an_address_is_that_of_the_answers_own_tokens(make_reading):
     reading = make_reading(options=SLOTS)
     features = reading.features
     question = next(
-        q for page in reading.fact_pages for q in reading.by_page[page] if q.fact >= 0 and q.value_from > 1
-        and set(features.ids[reading.pairs[1][page][0]].tolist()) & set(q.target[q.value_from :].tolist())
+        q for page in reading.fact_pages for q in reading.by_page[page] if q.fact >= 0
+        and set(features.ids[reading.pairs[1][page][0]].tolist()) & set(q.target.tolist())
     )  # fmt: skip
     told = [(page, frozenset(range(len(features.facts[page])))) for page in reading.fact_pages[:4]]
     told = [*(item for item in told if item[0] != question.page), (question.page, frozenset([question.fact]))]
     text = text_of(reading, told, [question])
     rows = torch.cat([reading._left(1, *page)[0] for page in told])
     share, holders = torch.zeros(len(question.target), len(rows)), 0
-    for place in range(question.value_from, len(question.target)):
+    for place in range(len(question.target)):
         for n, row in enumerate(rows.tolist()):
             own = row // features.page_size == question.page and features.fact_of[row] == question.fact
-            first = place == question.value_from
-            follows = first or features.ids[row - 1] == question.target[place - 1]
+            follows = place == 0 or features.ids[row - 1] == question.target[place - 1]
             again = n and row == rows[n - 1]  # the end of a run, which is not written
             if own and follows and features.ids[row] == question.target[place] and not again:
                 share[place, n] = 0.25

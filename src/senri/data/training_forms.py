@@ -1,4 +1,8 @@
-"""How a training sample asks and answers, as token ids: begun, free, bare, and in the tokenizer's chat format."""
+"""How a training sample asks and answers, as token ids: begun or bare, as a line of text or in the chat format.
+
+No answer has words before its value that a model would have to find: a memory that adds what it holds to the logits
+cannot say them, and what the base says there leads it past the question as often as not.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from senri.data.haystack import encode
 from senri.data.training_recall import Asked
 
 OPENINGS = ("It is", "The answer is", "That is", "As far as I remember, it is", "According to the text it is")
-OPENED = 0.25  # share of the answers that begin in such words instead of the fact's
+OPENED = 0.25  # share of the answers that are begun in such words instead of the fact's
+BEGUN = 0.5  # share of the answers whose words before the value are given
 _QUESTION = "\nQuestion: {question}\nAnswer:"  # behind an empty line
 
 
@@ -18,8 +23,7 @@ class Exchange(NamedTuple):
     """A question and its answer; each tokenized for itself, as it is when a model is asked."""
 
     prompt: list[int]
-    answer: list[int]
-    value_from: int  # the answer's tokens before the value
+    answer: list[int]  # the value, and the answer's end
 
 
 class Forms:
@@ -38,9 +42,8 @@ class Forms:
     def exchanges(self, asked: Sequence[Asked], rng: Random) -> list[Exchange]:
         """One for each question, in order."""
         asked = [item._replace(begun=rng.choice(OPENINGS)) if rng.random() < OPENED else item for item in asked]
-        if rng.random() < self.chat:
-            return self._chat(asked)
-        return [self._plain(item, place == 0, rng) for place, item in enumerate(asked)]
+        chat = rng.random() < self.chat
+        return [self._exchange(item, place == 0, chat, rng) for place, item in enumerate(asked)]
 
     def prompts(self, question: str) -> list[list[int]]:
         """The question in every format that leaves the answer open."""
@@ -51,29 +54,20 @@ class Forms:
 
     def message(self, text: str) -> Exchange:
         """A chat turn that leaves the whole answer open."""
-        return Exchange(encode(self.tokenizer, self._first + text + self._end), [], 0)
+        return Exchange(encode(self.tokenizer, self._first + text + self._end), [])
 
-    def _plain(self, asked: Asked, first: bool, rng: Random) -> Exchange:
-        form = rng.choice(("begun", "begun", "free", "bare"))  # begun: what most evaluations ask
-        prompt, begun = _QUESTION.format(question=asked.question), f" {asked.begun}"
-        if first:  # an answer ends its line itself
-            prompt = "\n" + prompt
-        if form == "begun":
-            prompt += begun
-        lead = begun if form == "free" else ""
-        answer = f"{lead} {asked.value}.\n"  # as the fact ends
-        value_from = len(encode(self.tokenizer, lead))
-        return Exchange(encode(self.tokenizer, prompt), encode(self.tokenizer, answer), value_from)
-
-    def _chat(self, asked: Sequence[Asked]) -> list[Exchange]:
-        exchanges = []
-        for place, item in enumerate(asked):
-            prompt = (self._next if place else self._first) + item.question + self._end
-            answer = encode(self.tokenizer, f"{item.begun} {item.value}.")
-            value_from = len(encode(self.tokenizer, item.begun))
-            answer = [*answer, self.tokenizer.eos_token_id]
-            exchanges.append(Exchange(encode(self.tokenizer, prompt), answer, value_from))
-        return exchanges
+    def _exchange(self, asked: Asked, first: bool, chat: bool, rng: Random) -> Exchange:
+        begun = asked.begun if rng.random() < BEGUN else ""
+        if chat:
+            prompt = (self._first if first else self._next) + asked.question + self._end
+        else:
+            prompt = _QUESTION.format(question=asked.question)
+            if first:  # an answer ends its line itself
+                prompt = "\n" + prompt
+            begun = f" {begun}" if begun else ""
+        ids = encode(self.tokenizer, f" {asked.value}." if chat else f" {asked.value}.\n")  # as the fact ends
+        end = [self.tokenizer.eos_token_id] if chat else []
+        return Exchange([*encode(self.tokenizer, prompt), *encode(self.tokenizer, begun)], [*ids, *end])
 
 
 def _turns(tokenizer: Any) -> tuple[str, str, str]:

@@ -38,7 +38,6 @@ class AskedFeatures:
     fact: int  # of its page; -1: it stands in sight of the question
     left_to_base: bool  # the answer is the base's own: no page answers, or the question tells the fact itself
     target: Tensor  # [A] int64
-    value_from: int  # its tokens before the value
     final: Tensor  # [A, hidden]: the base's last hidden state that predicts each target
     hidden: dict[int, Tensor]  # memory layer -> [K - 1 + A, hidden]: its inputs there, and before
     missing: int  # of the K - 1 before: the text begins behind them; zeros
@@ -208,7 +207,7 @@ def _unrelated(source: RecallPages) -> list[Question]:
     """Questions that no page answers, every other one behind a text; without answers yet."""
     prompts = sorted(source.unrelated(), key=len)
     nothing = np.zeros(0, dtype=np.int32)
-    return [Question(nothing, n % 2 == 1, -1, Exchange(prompt, [], 0), True) for n, prompt in enumerate(prompts)]
+    return [Question(nothing, n % 2 == 1, -1, Exchange(prompt, []), True) for n, prompt in enumerate(prompts)]
 
 
 def _answered(
@@ -304,7 +303,6 @@ def _ask(
                 q.fact,
                 q.left_to_base,
                 torch.tensor(q.exchange.answer),
-                q.exchange.value_from,
                 out[r, first:stop].cpu().clone(),
                 {i: F.pad(h[r, start:stop].cpu(), (0, 0, missing, 0)) for i, h in inputs.items()},
                 missing,

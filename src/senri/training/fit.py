@@ -28,7 +28,6 @@ VOCABULARY = 8192  # most frequent tokens, beside all that answers hold, over wh
 STATISTICS = 65536  # tokens that the projections are calibrated on
 SCALE = 5.0  # of the read at first: a token that is recalled gains some 5 nats times its embedding's norm
 ANSWERS = 128  # answer tokens of one text at most
-BEGUN_WEIGHT = 0.3  # of an answer's tokens before the value, which the base knows by itself
 ADDRESS_WEIGHT = 1.0  # of finding the slot that holds an answer's token, where there are slots
 UNKNOWN_WEIGHT = 2.0  # of straying from the base where the memory has no answer
 # questions of a text that its memory does not answer: about facts not told, about anything, and messages that tell one
@@ -344,20 +343,18 @@ class Reading:
         ``address``: the negative log share that a read gives to the slots which hold the answer's token.
         """
         features = self.features
-        finals, targets, weights, kinds = [], [], [], []
+        finals, targets, kinds = [], [], []
         for text in texts:
             rows = torch.arange(text.plain, text.plain + SILENT)
             asked = [*text.asked, *text.unknown]
             finals.append(torch.cat([*(q.final for q in asked), features.final[features.final_at[rows]]]).float())
             targets.append(torch.cat([*(q.target for q in asked), features.ids[rows + 1]]))
-            ones = [torch.ones(len(q.target)).index_fill_(0, torch.arange(q.value_from), BEGUN_WEIGHT) for q in asked]
-            weights.append(torch.cat([*ones, torch.ones(SILENT)]))
             sizes = [sum(len(q.target) for q in part) for part in (text.asked, text.unknown)]
             kinds.append(torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([*sizes, SILENT])))
         added, shares = self.added(texts)
         addressed = [self._addressed(index, texts, of_memory) for index, of_memory in shares.items()]
         final, target, kind = torch.cat(finals), self.place[torch.cat(targets)], torch.cat(kinds)
-        weight = torch.cat(weights) * (target >= 0)
+        weight = (target >= 0).float()
         with_memory = ((final + torch.cat(added)) @ self.targets.T).log_softmax(-1)
         with torch.no_grad():
             without = (final[kind > 0] @ self.targets.T).log_softmax(-1)
@@ -390,13 +387,12 @@ class Reading:
             for question in text.asked:
                 own = (page == question.page) & (fact == question.fact) & (strength > 0).any(-1)
                 if question.fact >= 0 and own.any():
-                    target, start = question.target, question.value_from
+                    target = question.target
+                    holds = own & (ids == target[:, None])
                     # a value's first token follows on whatever words the fact and the answer begin with
-                    follows = (before == target[:-1, None])[start:]
-                    holds = own & (ids == target[start:, None])
-                    holds[1:] &= follows
+                    holds[1:] &= before == target[:-1, None]
                     asked = holds.any(1)
-                    found = (share[first + start : first + len(target)] * holds).sum(1)
+                    found = (share[first : first + len(target)] * holds).sum(1)
                     losses.append(-found[asked].clamp(min=1e-6).log())
                 first += len(question.target)
         return torch.cat(losses).mean() if losses and sum(map(len, losses)) else shares[0].sum() * 0
