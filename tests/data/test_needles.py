@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from random import Random
 
@@ -609,11 +610,12 @@ def test_distances_are_exact(books, real_tokenizer):
 TOGETHER = [task for name, task in NIAH.items() if task.haystack == "books" and task.by_depth and name != "single_free"]
 
 
-def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer):
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer, chat):
     lengths, depths = (1500, 3000), (0.1, 0.5, 0.8)
     placed = set()
     for sample in range(6):
-        grid = {"lengths": lengths, "depths": depths, "seed": 1, "sample": sample}
+        grid = {"lengths": lengths, "depths": depths, "seed": 1, "sample": sample, "chat": chat}
         contexts = together_contexts(TOGETHER, books, real_tokenizer, **grid)
         again = together_contexts(TOGETHER, books, real_tokenizer, **grid)
         assert [c.ids.tolist() for c in contexts] == [c.ids.tolist() for c in again]
@@ -621,7 +623,18 @@ def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer):
             text = real_tokenizer.decode(context.ids)
             assert len(context.questions) == len(TOGETHER) == 8
             for task, question in zip(TOGETHER, context.questions, strict=True):
-                assert question.cell["task"] == f"together_{task.name}"
+                assert question.cell["task"] == f"{'chat' if chat else 'together'}_{task.name}"
+                asked = real_tokenizer.decode(question.prompt)
+                if chat:
+                    (user,) = re.findall(r"<\|im_start\|>user\n(.*\?)<\|im_end\|>\n", asked)
+                    turns = [{"role": "user", "content": user}]
+                    whole = real_tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+                    assert (asked, question.stop) == (whole, None)
+                    words = task.wordings[sample % len(task.wordings)].question.split("\n")[2]
+                    pattern = re.escape(words.removeprefix("Question: ")).replace(r"\{key\}", r"\w+ \w+")
+                    assert re.fullmatch(pattern, user)
+                else:
+                    assert "\nAnswer: " in asked
                 assert re.fullmatch(r"[\w-]+", question.cell["task"]), "the report names its plots so"
                 assert question.cell["length"] == length
                 assert question.at == len(context.ids)
@@ -639,3 +652,10 @@ def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer):
             assert len(told) == 3
             assert text.index(last.answers[0]) > max(told)
     assert len(placed) == len(TOGETHER) * len(depths), "every task's fact comes to every depth"
+
+
+def test_no_chat_without_a_chat_format(books, real_tokenizer):
+    plain = deepcopy(real_tokenizer)
+    plain.chat_template = None
+    with pytest.raises(SampleError, match="no chat format: leave the task together_chat out"):
+        together_contexts(TOGETHER, books, plain, lengths=[1500], depths=[0.5], seed=0, sample=0, chat=True)

@@ -11,6 +11,7 @@ from senri.data.needle_tasks import KINDS, NIAH, NeedleTask, Wording
 from senri.data.samples import Context, Question, SampleError
 
 CROWDED = 0.15  # share of a length that a fact of `shared` may be moved by, for want of room
+CHAT_TOKENS = 40  # of an answer in the chat format, which may be whole sentences
 RULER_DEPTHS = 40  # RULER draws needle depths from this many, evenly spaced
 
 
@@ -193,15 +194,22 @@ def together_contexts(
     depths: Sequence[float],
     seed: int,
     sample: int,
+    chat: bool = False,
 ) -> list[Context]:
     """For each length one context that holds the facts of all ``tasks``, read once for all their questions.
 
     All facts distract from each other: harder than a context for each task, and cheaper by their number. A task's
     asked fact takes the depths in turn, from sample to sample. The cell's task is ``together_NAME``.
 
+    Args:
+        chat: ask in the tokenizer's chat format and leave the answer open, as a user does, instead of beginning it.
+            The cell's task is then ``chat_NAME``, and the text ends some tokens earlier.
+
     Raises:
-        SampleError: see :func:`needle_contexts`.
+        SampleError: see :func:`needle_contexts`; ``chat`` and a tokenizer that has no chat format.
     """
+    if chat and not tokenizer.chat_template:
+        raise SampleError("the model has no chat format: leave the task together_chat out")
     base = f"{seed}/together/{sample}"
     known: set[str] = set()
     facts = []
@@ -214,8 +222,9 @@ def together_contexts(
         known |= {*made.keys}
         facts.append(made)
     asked_at = [depths[(sample + number) % len(depths)] if task.by_depth else None for number, task in enumerate(tasks)]
-    questions = [encode(tokenizer, made.question) for made in facts]
-    longest = max(len(q) + task.max_new_tokens for q, task in zip(questions, tasks, strict=True))
+    questions = [_turn(tokenizer, made.question) if chat else encode(tokenizer, made.question) for made in facts]
+    rooms = [CHAT_TOKENS if chat else task.max_new_tokens for task in tasks]
+    longest = max(len(q) + room for q, room in zip(questions, rooms, strict=True))
     contexts = []
     for length in lengths:
         size = length - longest
@@ -237,14 +246,14 @@ def together_contexts(
                         at=size,
                         prompt=tuple(question),
                         answers=tuple(made.answers),
-                        max_new_tokens=made.task.max_new_tokens,
+                        max_new_tokens=rooms[number],
                         cell={
-                            "task": f"together_{made.task.name}",
+                            "task": f"{'chat' if chat else 'together'}_{made.task.name}",
                             "length": length,
                             "depth": asked_at[number],
                         },
                         evidence=tuple(spans[first[number] + i] for i in made.asked),
-                        stop=made.task.stop,
+                        stop=None if chat else made.task.stop,
                     )
                     for number, (made, question) in enumerate(zip(facts, questions, strict=True))
                 ),
@@ -252,6 +261,13 @@ def together_contexts(
             )
         )
     return contexts
+
+
+def _turn(tokenizer: Any, question: str) -> list[int]:
+    """The question alone as a chat turn, up to where the answer begins."""
+    asked = question.strip().removeprefix("Question: ").partition("\n")[0]
+    turns = [{"role": "user", "content": asked}]
+    return encode(tokenizer, tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
 def _in_time(wanted: Sequence[float], sizes: Sequence[int], facts: Sequence[Sequence[int]]) -> list[float]:
