@@ -228,10 +228,10 @@ def test_a_training_on_features_and_its_adapter_read_with(senri, training):
     training(model={"senri": GATED}, method="features", features=FEATURES, chat_ratio=0.3)
     result = senri("train", "-o", "run")
     assert (result.code, result.err) == (0, ""), result
-    for word in ("the run goes to run", "read 960 tokens and", "write gate: step 20", "reading: step 24"):
+    for word in ("the run goes to run", "1 of 1 parts read, 960 tokens and", "write gate: step 20", "reading: step 24"):
         assert word in result.out, word
     assert "saved run/adapter.safetensors: name it as adapter in config" in result.out
-    assert {"run.json", "log.jsonl", "features.pt", "write_gates.pt", "reading.pt"} <= {
+    assert {"run.json", "log.jsonl", "features-1.pt", "write_gates.pt", "reading.pt"} <= {
         p.name for p in Path("run").iterdir()
     }
     stages = [(entry["stage"], entry["step"]) for entry in log_of("run")]

@@ -1,6 +1,7 @@
 """A training on features as one run in one folder: what is saved, and how it goes on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,42 @@ def test_a_run_that_goes_on_has_its_write_gates_from_before(train, tmp_path, mon
     assert gates_of(resumed).keys() <= expected.keys()
     for name, parameter in expected.items():
         assert torch.equal(resumed.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize(("streams", "parts"), [(3, [3]), (6, [3, 3]), (8, [3, 5]), (9, [3, 3, 3])])
+def test_pages_are_read_in_parts_and_those_that_are_there_are_not_read_again(
+    make_reader, pages, tmp_path, monkeypatch, streams, parts
+):
+    monkeypatch.setattr(feature_trainer, "PART", 3)
+    read, said, seen = [], [], []
+    whole = feature_trainer.collect
+
+    def collect(model, source, part, **options):
+        read.append((len(part), options["unrelated"]))
+        if len(read) == 2 and len(parts) == 3:  # the second of three parts is not finished
+            raise KeyboardInterrupt
+        return whole(model, source, part, **options)
+
+    def run():
+        train_on_features(
+            make_reader(), pages, replace(SETTINGS, streams=streams), 0, tmp_path / "run", {"model": "tiny"},
+            calibrates=True, dtype=torch.float32, notes={}, show=seen.append, say=said.append,
+        )  # fmt: skip
+
+    monkeypatch.setattr(feature_trainer, "collect", collect)
+    if len(parts) == 3:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert sorted(path.name for path in (tmp_path / "run").glob("*.pt")) == ["features-1.pt"]
+        run()
+        assert read == [(3, True), (3, False), (3, False), (3, False)], "the first one was there"
+        assert said[-1].startswith("2 of 3 parts read")
+    else:
+        run()
+        assert read == [(size, number == 0) for number, size in enumerate(parts)]
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    shown = {(entry["part"], entry["parts"]) for entry in seen if entry["stage"] == "features"}
+    assert shown == {(number, len(parts)) for number in range(1, len(parts) + 1)}
 
 
 def test_the_steps_of_a_run_are_one_count(train, tmp_path):

@@ -12,6 +12,7 @@ from senri.training.features import (
     REPLY_TOKENS,
     AskedFeatures,
     collect,
+    join,
     load_features,
     memory_left_out,
     save_features,
@@ -153,6 +154,26 @@ def test_the_base_answers(features, pages, make_reader, what):
         late = sum(behind for *_, behind in prompts)
     own = [torch.equal(plain.lm_head(asked.final).argmax(-1), asked.target) for asked in found]
     assert sum(own) == len(found) - late, "nothing but the base's own words, but where it is asked behind a text"
+
+
+def test_parts_are_joined_in_order(model, pages, features):
+    """Every page, and every question to it; what is asked behind a text stands behind one of its part."""
+    parts = [collect(model, pages, part, batch=2, unrelated=part.start == 0) for part in (range(3), range(3, 6))]
+    joined, whole = join(parts), collect(model, pages, range(6), batch=3)
+    for name in ("page_size", "facts"):
+        assert getattr(joined, name) == getattr(whole, name)
+    for name in ("ids", "write", "fact_of", "stream", "final_at", "surprise"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+    torch.testing.assert_close(joined.final, whole.final, **CLOSE)
+    assert joined.hidden.keys() == whole.hidden.keys()
+    for i, rows in whole.hidden.items():
+        torch.testing.assert_close(joined.hidden[i], rows, **CLOSE)
+
+    def asked(features):
+        return sorted((q.page, q.fact, q.left_to_base, q.target.tolist(), q.missing) for q in features.asked)
+
+    assert asked(joined) == asked(whole)
+    assert {q.page for q in joined.asked} > {-1, 0, 6}, "pages of both parts, and what no page answers"
 
 
 def test_all_is_shown_at_last(model, pages):

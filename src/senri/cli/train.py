@@ -345,7 +345,8 @@ class FeatureDisplay:
         self.stage, self.last = entry["stage"], now
         if entry["stage"] == "features":
             speed = f"{entry['tokens_per_second']:,.0f} tokens/s"
-            console.print(f"reading pages and questions: {entry['step']:,} of {entry['of']:,} tokens   {speed}")
+            part = f"part {entry['part']} of {entry['parts']}, {entry['step']:,} of {entry['of']:,} tokens"
+            console.print(f"reading pages and questions: {part}   {speed}")
             return
         losses = [f"{n} {v:.4f}" for n, v in entry.items() if n not in ("stage", "step", "seconds")]
         console.print("   ".join([f"{entry['stage']}: step {entry['step']}", *losses, f"{entry['seconds']:,.0f} s"]))

@@ -15,14 +15,15 @@ from senri.hf.adapter import save_adapter
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.identity import Identity
 from senri.training import checkpoint
-from senri.training.features import collect, load_features, save_features
+from senri.training.features import Features, collect, join, load_features, save_features
 from senri.training.fit import Reading, check_model, fit_write_gates, prepare
 from senri.training.log import TrainingLog
 from senri.training.settings import FeatureSettings, TrainingError
 from senri.training.trainer import ADAPTER
 
-FEATURES, GATES, STATE = "features.pt", "write_gates.pt", "reading.pt"
+GATES, STATE = "write_gates.pt", "reading.pt"
 BATCH = 4  # streams that are read side by side
+PART = 12  # streams of one file of features; every third one is plain, and a part needs such
 
 
 def train_on_features(
@@ -41,7 +42,7 @@ def train_on_features(
 ) -> Path:
     """One run, or what is left of it; returns the adapter's path.
 
-    Killed, it loses at most the reading of the pages, or the steps since the last ``save_steps``.
+    Killed, it loses at most the reading of the last dozen streams, or the steps since the last ``save_steps``.
 
     Args:
         model: converted, float32; trained in place.
@@ -55,18 +56,8 @@ def train_on_features(
     if calibrates and not settings.gate_steps:
         raise TrainingError("gate_steps 0 keeps the write gate of init_adapter, and there is none: name one")
     checkpoint.open_folder(folder, identity)
-    path, started = folder / FEATURES, time.perf_counter()
-    if path.is_file():
-        features = load_features(path)
-        say(f"features of {len(features.ids):,} tokens and {len(features.asked):,} questions are there already")
-    else:
-        say(f"making {settings.streams:,} streams of pages, and asking the base for its own answers ...")
-        model.to(dtype)
-        features = collect(model, source, range(settings.streams), batch=BATCH, show=_progress(show, started))
-        model.float()
-        save_features(features, path)
-        seconds = time.perf_counter() - started
-        say(f"read {len(features.ids):,} tokens and {len(features.asked):,} questions in {seconds:,.0f} s")
+    started = time.perf_counter()
+    features = _features(model, source, settings.streams, folder, dtype, show, say)
     state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else None
     fitted = (folder / GATES).is_file()
     log = TrainingLog(folder, settings.gate_steps + (0 if state is None else state["step"]) if fitted else 0)
@@ -95,10 +86,40 @@ def train_on_features(
     return folder / ADAPTER
 
 
-def _progress(show: Callable[[dict[str, Any]], None], started: float) -> Callable[[int, int], None]:
+def _features(
+    model: SenriForCausalLM,
+    source: RecallPages,
+    streams: int,
+    folder: Path,
+    dtype: torch.dtype,
+    show: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> Features:
+    """Of all streams; those parts are read that the folder does not hold yet."""
+    starts = range(0, max(streams - 2, 1), PART)  # what would be a last part of one or two belongs to the one before
+    paths = [folder / f"features-{number}.pt" for number in range(1, len(starts) + 1)]
+    missing = [path.is_file() for path in paths].count(False)
+    for number, (start, path) in enumerate(zip(starts, paths, strict=True), start=1):
+        if not path.is_file():
+            say(f"making part {number} of {len(paths)} of the pages, and asking the base for its own answers ...")
+            part = range(start, streams if number == len(paths) else start + PART)
+            progress = _progress(show, {"part": number, "parts": len(paths)})
+            model.to(dtype)
+            read = collect(model, source, part, batch=BATCH, unrelated=number == 1, show=progress)
+            model.float()
+            save_features(read, path)
+    features = join([load_features(path) for path in paths])
+    size = f"{len(features.ids):,} tokens and {len(features.asked):,} questions"
+    say(f"{missing} of {len(paths)} parts read, {size} in all" if missing else f"features of {size} are there already")
+    return features
+
+
+def _progress(show: Callable[[dict[str, Any]], None], part: dict[str, int]) -> Callable[[int, int], None]:
+    started = time.perf_counter()
+
     def report(done: int, total: int) -> None:
         speed = done / max(time.perf_counter() - started, 1e-9)
-        show({"stage": "features", "step": done, "of": total, "tokens_per_second": speed})
+        show({"stage": "features", **part, "step": done, "of": total, "tokens_per_second": speed})
 
     return report
 

@@ -101,11 +101,13 @@ def collect(
     streams: Sequence[int],
     *,
     batch: int,
+    unrelated: bool = True,
     show: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
     """Read the streams, ``batch`` at a time as running texts, and ask all their questions.
 
     Args:
+        unrelated: ask what no page answers, too.
         show: called with the tokens done and their number.
     """
     flat = [page for index in streams for page in source.stream(index)]
@@ -115,7 +117,7 @@ def collect(
     whole = [model.config.write_gate == "surprise" or not any(page.facts for page in pages) for pages in texts]
     asked = [(number, question) for number, page in enumerate(flat) for question in page.questions]
     asked_of_base = [(number, message) for number, page in enumerate(flat) for message in page.messages]
-    asked_of_base += [(-1, question) for question in _unrelated(source)]
+    asked_of_base += [(-1, question) for question in _unrelated(source)] if unrelated else []
     with memory_left_out(model):
         asked += _answered(model, asked_of_base, source.tokenizer.eos_token_id)
     asked.sort(key=lambda item: _length(item[1]))
@@ -181,6 +183,30 @@ def collect(
         [list(page.facts) for page in flat],
         torch.cat([torch.from_numpy(page.fact_of) for page in flat]),
         answers,
+    )
+
+
+def join(parts: Sequence[Features]) -> Features:
+    """Several readings as one, in order."""
+    streams = pages = finals = 0
+    stream, final_at, asked = [], [], []
+    for part in parts:
+        stream.append(part.stream + streams)
+        final_at.append(torch.where(part.final_at >= 0, part.final_at + finals, -1))
+        asked += [replace(q, page=q.page + pages if q.page >= 0 else -1) for q in part.asked]
+        streams, pages, finals = streams + int(part.stream[-1]) + 1, pages + len(part.facts), finals + len(part.final)
+    return Features(
+        parts[0].page_size,
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.write for part in parts]),
+        torch.cat(stream),
+        torch.cat([part.final for part in parts]),
+        torch.cat(final_at),
+        torch.cat([part.surprise for part in parts]),
+        {i: torch.cat([part.hidden[i] for part in parts]) for i in parts[0].hidden},
+        [facts for part in parts for facts in part.facts],
+        torch.cat([part.fact_of for part in parts]),
+        asked,
     )
 
 
