@@ -211,16 +211,7 @@ def together_contexts(
     if chat and not tokenizer.chat_template:
         raise SampleError("the model has no chat format: leave the task together_chat out")
     base = f"{seed}/together/{sample}"
-    known: set[str] = set()
-    facts = []
-    for task in tasks:
-        wording = task.wordings[sample % len(task.wordings)]
-        for attempt in range(100):
-            made = _Facts(task, wording, Random(f"{base}/{task.name}/{attempt}"))
-            if not known & {*made.keys}:  # no two facts of one person
-                break
-        known |= {*made.keys}
-        facts.append(made)
+    facts = _of_different_people(tasks, base, sample)
     asked_at = [depths[(sample + number) % len(depths)] if task.by_depth else None for number, task in enumerate(tasks)]
     questions = [_turn(tokenizer, made.question) if chat else encode(tokenizer, made.question) for made in facts]
     rooms = [CHAT_TOKENS if chat else task.max_new_tokens for task in tasks]
@@ -261,6 +252,21 @@ def together_contexts(
             )
         )
     return contexts
+
+
+def _of_different_people(tasks: Sequence[NeedleTask], base: str, sample: int) -> list[_Facts]:
+    """The facts of every task; no two tasks tell something of one person."""
+    known: set[str] = set()
+    facts = []
+    for task in tasks:
+        wording = task.wordings[sample % len(task.wordings)]
+        for attempt in range(100):
+            made = _Facts(task, wording, Random(f"{base}/{task.name}/{attempt}"))
+            if not known & {*made.keys}:
+                break
+        known |= {*made.keys}
+        facts.append(made)
+    return facts
 
 
 def _turn(tokenizer: Any, question: str) -> list[int]:

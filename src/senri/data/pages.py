@@ -189,7 +189,9 @@ class RecallPages:
                 last = max(number for number, told in enumerate(recall.told) if told.about == said.about)
                 late = rng.random() < LATE
                 lead = np.array([] if late else self._lead(rng), dtype=np.int32)
-                made.append(Question(lead, late, first + last, self.forms.message(said.text.strip()), True))
+                made.append(
+                    Question(lead, late, first + last, self.forms.message(said.text.strip()), left_to_base=True)
+                )
             first += len(recall.told)
         return made
 

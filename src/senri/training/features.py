@@ -233,7 +233,7 @@ def _unrelated(source: RecallPages) -> list[Question]:
     """Questions that no page answers, every other one behind a text; without answers yet."""
     prompts = sorted(source.unrelated(), key=len)
     nothing = np.zeros(0, dtype=np.int32)
-    return [Question(nothing, n % 2 == 1, -1, Exchange(prompt, []), True) for n, prompt in enumerate(prompts)]
+    return [Question(nothing, n % 2 == 1, -1, Exchange(p, []), left_to_base=True) for n, p in enumerate(prompts)]
 
 
 def _answered(
