@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import senri.hf.decoder as decoder
-import senri.hf.fused_layer as fused
+import senri.hf.model as hf_model
 import senri.hf.modeling_senri as modeling
 import senri.layers.sliding_window as sliding
 from senri import load_base
 from senri.data import iter_bible, iter_pieces, iter_tokens
-from senri.layers import Int4Linear, PackedLinear
+from senri.layers import PackedLinear
+from senri.layers.int8_step import Int8Linear
 from senri.layers.packed_linear import has_products
 
 ROUNDS, READ, DECODE, WARM_UP = 5, 4096, 32, 4096
@@ -42,20 +43,20 @@ def never(*_args: object, **_kwargs: object) -> None:
     """In place of what chooses a fast path."""
 
 
-INT4 = [(fused, "_four_bits")]
-LAYERS = [(decoder, "can_fuse"), (modeling, "packs"), *INT4]
+INT8 = [(hf_model, "int8_layers"), (modeling, "is_next")]
+LAYERS = [(decoder, "can_fuse"), (modeling, "packs"), *INT8]
 PATHS = {  # and what is switched off
     "plain layers, PyTorch's attention kernel": [(sliding, "products_dtype"), *LAYERS],
     "and attention by products": LAYERS,
-    "and fused layers (bfloat16: packed)": INT4,
-    "and weights in four bits while decoding": [],
+    "and fused layers (bfloat16: packed)": INT8,
+    "and compiled layers with weights in eight bits while decoding": [],
 }
 
 
 @torch.no_grad()
 def whole_model() -> list[dict[str, object]]:
     """Tokens/s of reading and milliseconds a token of decoding, by path."""
-    model, tokenizer = load_base(decoding_weights="int4")
+    model, tokenizer = load_base(decoding_weights="int8")
     ids = torch.tensor(next(iter_pieces(iter_tokens(iter_bible(), tokenizer), WARM_UP + READ + 1)))
     model.read(ids[:WARM_UP])
     state = model.get_memory_state()
@@ -103,15 +104,15 @@ def products() -> list[dict[str, object]]:
         scales = [w.weight.abs().amax(1) / 127 for w in layers]
         rounded = [(w.weight / s[:, None]).round().to(torch.int8) for w, s in zip(layers, scales, strict=True)]
         packed = [PackedLinear(nn.Linear(inner, outer, bias=False).bfloat16()) for _ in layers if has_products()]
-        int4 = [Int4Linear(layer) for layer in layers]
+        compiled = [Int8Linear(layer) for layer in layers]
         short = x.bfloat16()
         int8 = [(w, s.bfloat16()) for w, s in zip(rounded, scales, strict=True)]
         formats: dict[str, Callable[[], object]] = {
             "float32 linear": lambda layers=layers, x=x: [layer(x) for layer in layers],
             "bfloat16 linear": lambda half=half, short=short: [F.linear(short, w) for w in half],
             "bfloat16 packed": lambda packed=packed, short=short: [layer(short) for layer in packed],
-            "int4 weights": lambda int4=int4, short=short: [layer(short) for layer in int4],
-            "int8 weights": lambda int8=int8, short=short: [torch._weight_int8pack_mm(short, *w) for w in int8],
+            "int8 weights, compiled": lambda compiled=compiled, x=x: [layer(x) for layer in compiled],
+            "int8 weights, PyTorch's": lambda int8=int8, short=short: [torch._weight_int8pack_mm(short, *w) for w in int8],
         }
         for name, work in formats.items():
             if not work():  # this processor has no such products

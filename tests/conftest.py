@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ STORES = [
     {"memory_sharing": True, "update_rule": "slot", "memory_num_slots": 9},
     {"memory_sharing": True, "store": "banks", "segment_size": 2, "use_alibi": True, "alibi_scale": 3.0},
 ]
+
+
+os.environ["NUMBA_NUM_THREADS"] = "1"  # numba reads it when it is imported
 
 
 @pytest.fixture(scope="session", autouse=True)

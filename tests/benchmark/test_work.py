@@ -86,11 +86,11 @@ def test_a_tied_head_is_read_once(make_senri):
     assert weight_bytes(loose) == weight_bytes(tied)
 
 
-def test_weights_in_four_bits_are_fewer_bytes(make_base):
-    """A weight is half a byte, and each 32 of a row have a scale and an offset of two bytes; the head is bfloat16."""
-    numbers = {"num_memory_layers": 0, "decoding_weights": "int4"}
-    model = convert_to_senri(make_base(dtype=torch.float32, intermediate_size=64), **numbers)
+def test_weights_in_eight_bits_are_fewer_bytes(make_base):
+    """A weight is a byte, and each 32 of a row have a scale and an offset of four bytes."""
+    numbers = {"num_memory_layers": 0, "decoding_weights": "int8"}
+    model = convert_to_senri(make_base(dtype=torch.float32, intermediate_size=64, head_dim=32), **numbers)
     layers = [x for layer in model.model.layers for x in layer.modules() if type(x) is torch.nn.Linear]
+    layers.append(model.lm_head)
     rest = sum(p.nbytes for p in model.parameters()) - sum(x.weight.nbytes for x in layers)
-    four_bits = sum(x.weight.numel() * (4 + 1) / 8 for x in layers)
-    assert weight_bytes(model) == rest - model.lm_head.weight.nbytes / 2 + four_bits
+    assert weight_bytes(model) == rest + sum(x.weight.numel() * (8 + 2) / 8 for x in layers)

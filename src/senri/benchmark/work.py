@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from senri.hf.configuration_senri import SenriConfig
-from senri.hf.fused_layer import in_four_bits, projections
+from senri.hf.fused_layer import projections
+from senri.hf.int8_decoder import int8_head, int8_layers
 from senri.hf.modeling_senri import SenriForCausalLM
 
 
@@ -117,17 +118,19 @@ class WorkMeter:
 def weight_bytes(model: SenriForCausalLM) -> int:
     """Bytes of the weights that making one token reads: all but the embeddings' other rows; a tied head counts once.
 
-    Those that are decoded with in four bits count as such, and the float32 head beside them in bfloat16.
+    Those that are decoded with in eight bits count as such.
     """
     seen: dict[int, torch.Tensor] = {id(p): p for p in model.parameters()}
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         del seen[id(model.model.embed_tokens.weight)]
     total = sum(p.nbytes for p in seen.values())
     token = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    fewer = [(layer, in_four_bits(layer, token)) for layer in model.model.layers]
-    for layer, weights in fewer:
-        if weights is not None:
-            total += sum(part.nbytes for part in weights) - sum(x.weight.nbytes for x in projections(layer))
-    if model.dtype == torch.float32 and fewer[-1][1] is not None:
-        total -= model.lm_head.weight.nbytes // 2
+    compiled = int8_layers(model.model, token)
+    if compiled is not None:
+        full = [x for layer in model.model.layers for x in projections(layer)]
+        head = int8_head(model.lm_head, model.config.decoding_weights)
+        if head is not None:
+            full.append(model.lm_head)
+            total += head.nbytes
+        total += sum(layer.nbytes for layer in compiled.layers) - sum(x.weight.nbytes for x in full)
     return total

@@ -47,7 +47,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "memory_readout": ("layer", "head"),
     "memory_gate": ("additive", "infini"),
     "write_gate": ("none", "hidden", "surprise"),
-    "decoding_weights": ("auto", "full", "int4"),
+    "decoding_weights": ("auto", "full", "int8"),
 }
 _AT_LEAST = {
     "sliding_window_size": 1,
@@ -110,10 +110,10 @@ class SenriConfig(LlamaConfig):
         memory_context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none.
         unigram_cache: whether logits are rescaled by how often each token has left the window.
         write_gate: `none` | `hidden` | `surprise` (needs tied embeddings).
-        decoding_weights: for products with up to four tokens, on a CPU without gradients. `full`: as they are; `int4`:
-            the layers' in four bits, 32 to a scale, and of a float32 head a bfloat16 copy; `auto`: that in float32, if
-            the weights were made of four bits (a GGUF file in Q4_1) and nothing is lost. Saved and trained is what is
-            full. Products of four bits take bfloat16: what was computed token by token is no longer equal to 1e-4.
+        decoding_weights: for a float32 model's single tokens, on a CPU without gradients. `full`: as they are; `int8`:
+            in eight bits, 32 to a scale and an offset, all layers in one compiled call; `auto`: that, if the weights
+            were made of such levels (a GGUF file in Q4_1 or Q8_0) and nothing is lost. Saved and trained is what is
+            full. What was computed token by token is then equal to rounding of such weights, no longer to 1e-4.
         qkv_bias: biases on the attention's q, k, v only (Qwen2).
 
     Raises:

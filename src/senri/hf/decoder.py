@@ -158,7 +158,6 @@ class SenriDecoderLayer(nn.Module):
         self.shares = config.memory_sharing
         self.hidden_act = config.hidden_act
         self.packed = PackedWeights()
-        self.decoding_weights = config.decoding_weights
         self.memory = build_memory(config, layer_idx) if layer_idx in config.memory_layers else None
 
     def forward(

@@ -17,10 +17,12 @@ from transformers.utils.generic import can_return_tuple
 from senri.hf.cache import LayerState, ModelState, SenriCache
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.decoder import AttentionPlan, SenriDecoderLayer, SenriRotaryEmbedding
+from senri.hf.int8_decoder import int8_layers, next_token
 from senri.layers import (
     MemoryAttention,
     MemoryLayerState,
     MemoryStream,
+    PackedWeights,
     UnigramCache,
     Writing,
     best_block_size,
@@ -82,6 +84,7 @@ class SenriModel(SenriPreTrainedModel):
         self.layers = nn.ModuleList([SenriDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = SenriRotaryEmbedding(config=config)
+        self.packed = PackedWeights()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -137,6 +140,7 @@ class SenriModel(SenriPreTrainedModel):
                 None if mask is None else mask[:, part],
                 None if position_ids is None else position_ids[:, part],
                 cache,
+                bool(output_hidden_states),
             )
             outputs.append(hidden)
             if left is not None:
@@ -374,6 +378,7 @@ class SenriModel(SenriPreTrainedModel):
         mask: Tensor | None,
         position_ids: Tensor | None,
         cache: SenriCache,
+        output_hidden_states: bool,
     ) -> tuple[Tensor, list[Tensor], UnigramStream | None]:
         """All layers over ``hidden`` ``[B, T, hidden]``; commits the new state at the end, and only then."""
         state = cache.state
@@ -388,18 +393,9 @@ class SenriModel(SenriPreTrainedModel):
         window_valid = stream.valid[:, -(past + steps) :] if has_padding else None
         index = state.since_flush[:, None] + valid.cumsum(1) - 1
         plan = self._plan(hidden, past, position_ids, index, valid, window_valid)
-        layers: list[LayerState] = []
-        waiting: dict[int, Tensor] = {}
-        inputs = []
-        shared: Writing | None = None
-        for i, layer in enumerate(self.layers):
-            inputs.append(hidden)
-            hidden, memory_input, new, shared = self._run_layer(layer, hidden, state.layers[i], plan, stream, shared)
-            layers.append(new)
-            if memory_input is not None:
-                waiting[i] = memory_input
+        hidden, layers, waiting, inputs = self._run_layers(hidden, state, plan, stream, output_hidden_states)
         hidden = self.norm(hidden)
-        last_hidden, surprise = state.last_hidden, None
+        last_hidden, surprise, shared = state.last_hidden, None, None
         if self.config.write_gate == "surprise":
             assert ids is not None
             surprise = self._surprise(hidden, ids, stream.valid, last_hidden)
@@ -437,6 +433,29 @@ class SenriModel(SenriPreTrainedModel):
         first = state.ids.shape[1] - self.config.sliding_window_size
         part = slice(first, first + steps)
         return UnigramStream(state.counts, stream.ids[:, part], stream.valid[:, part])
+
+    def _run_layers(
+        self, hidden: Tensor, state: ModelState, plan: AttentionPlan, stream: MemoryStream, keep_inputs: bool
+    ) -> tuple[Tensor, list[LayerState], dict[int, Tensor], list[Tensor]]:
+        """The last layer's output, the new states, the inputs of memories whose read-out waits for the head, by layer,
+        and the inputs of all layers, where they are kept.
+        """
+        compiled = None if keep_inputs else int8_layers(self, hidden)
+        if compiled is not None:
+            found = next_token(compiled, hidden, state.layers, plan, self.config.sliding_window_size)
+            if found is not None:
+                hidden, normed, layers = found
+                return hidden, layers, {i: normed[i] for i in self.config.memory_layers}, []
+        layers, waiting, inputs = [], {}, []
+        shared: Writing | None = None
+        for i, layer in enumerate(self.layers):
+            if keep_inputs:
+                inputs.append(hidden)
+            hidden, memory_input, new, shared = self._run_layer(layer, hidden, state.layers[i], plan, stream, shared)
+            layers.append(new)
+            if memory_input is not None:
+                waiting[i] = memory_input
+        return hidden, layers, waiting, inputs
 
     def _run_layer(self, layer: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None, LayerState, Writing | None]:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():

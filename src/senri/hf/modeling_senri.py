@@ -13,11 +13,10 @@ from transformers.utils.generic import can_return_tuple
 
 from senri.hf.cache import SenriCache
 from senri.hf.configuration_senri import SenriConfig
-from senri.hf.fused_layer import in_four_bits
+from senri.hf.int8_decoder import int8_head, is_next
 from senri.hf.model import SenriModel, SenriPreTrainedModel
 from senri.hf.session_mixin import SessionMixin
 from senri.layers import (
-    HalfLinear,
     PackedLinear,
     PackedWeights,
     UnigramCache,
@@ -116,9 +115,11 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
             return self.lm_head
         if packs(hidden):
             return self.packed.get("lm_head", self.lm_head, make=PackedLinear)
-        if in_four_bits(self.model.layers[-1], hidden) is not None:
-            return self.packed.get("half lm_head", self.lm_head, make=HalfLinear)
-        return self.lm_head
+        wanted = self.config.decoding_weights
+        if wanted == "full" or not is_next(hidden):
+            return self.lm_head
+        form = self.packed.get(wanted, self.lm_head, make=lambda head: int8_head(head, wanted))
+        return self.lm_head if form is None else form
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers does, but positions are counted by the cache: they go on from what was read before."""

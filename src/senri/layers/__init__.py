@@ -1,14 +1,9 @@
 """Modules built from plain numbers: exact local attention and the memory that reads what left it."""
 
-from senri.layers.append import append
+from senri.layers.append import append, reserve
 from senri.layers.memory_attention import MemoryAttention, MemoryLayerState, MemoryStream, WriteGate, Writing, taps_of
 from senri.layers.packed_linear import (
-    FEW,
-    GROUP,
-    OFF_LEVEL,
     FrozenLinear,
-    HalfLinear,
-    Int4Linear,
     PackedLinear,
     PackedWeights,
     PlainLinear,
@@ -22,12 +17,7 @@ from senri.layers.sliding_window import WindowPlan, best_block_size, sliding_win
 from senri.layers.unigram_cache import UnigramCache
 
 __all__ = [
-    "FEW",
-    "GROUP",
-    "OFF_LEVEL",
     "FrozenLinear",
-    "HalfLinear",
-    "Int4Linear",
     "MemoryAttention",
     "MemoryLayerState",
     "MemoryStream",
@@ -46,6 +36,7 @@ __all__ = [
     "is_plain",
     "new_sinks",
     "packs",
+    "reserve",
     "sinks_behind",
     "sliding_window_attention",
     "taps_of",

@@ -54,12 +54,21 @@ def append(old: Tensor, new: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     if steps > FEW or not past or old.dtype != new.dtype or wants_gradients(old, new):
         both = torch.cat([old, new], dim=-2) if past else new
         return both, both[..., max(past + steps - keep, 0) :, :]
+    both, kept = reserve(old, steps, keep)
+    # by way of .data: what autograd may have kept of the other columns has not changed
+    both.data[..., past:, :] = new
+    return both, kept
+
+
+def reserve(old: Tensor, steps: int, keep: int) -> tuple[Tensor, Tensor]:
+    """:func:`append` of ``steps`` columns whose numbers are not set yet: the caller does so, before anyone else sees
+    them, and has no gradients.
+    """
+    past = old.shape[-2]
     room, end = getattr(old, "senri_room", (None, 0))
     if room is None or not room.claim(end, steps):
         room, end = _Room(old, steps), past
         room.claim(end, steps)
-    # by way of .data: what autograd may have kept of the other columns has not changed
-    room.buffer.data[..., end : end + steps, :] = new
     both = room.buffer[..., end - past : end + steps, :]
     kept = both[..., max(past + steps - keep, 0) :, :]
     kept.senri_room = (room, end + steps)  # type: ignore[union-attr]  # lost in any operation on it, as it should be

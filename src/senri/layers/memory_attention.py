@@ -476,9 +476,14 @@ class MemoryAttention(nn.Module):
             valid = valid & ~stream.written[:, part]
         logits = self._write_logits(inputs, stream, steps)
         beta = None if logits is None else self.write_gate.strength(logits)
+        if beta is not None and not torch.is_grad_enabled() and not beta.any():  # as for most tokens of a text
+            k = v = _full(inputs.new_zeros(())).expand(*valid.shape, self.num_key_value_heads * self.head_dim)
+        else:
+            k = self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0)
+            v = self._values(inputs[:, past], stream, embedding)
         return Leaving(
-            self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0),
-            self._values(inputs[:, past], stream, embedding),
+            k,
+            v,
             beta,
             logits if self.rule == "slot" else None,  # the odds tell pairs apart whose gates are 1
             self._log_forget(inputs[:, part], valid, memory.written),
