@@ -60,6 +60,7 @@ def whole_model() -> list[dict[str, object]]:
     ids = torch.tensor(next(iter_pieces(iter_tokens(iter_bible(), tokenizer), WARM_UP + READ + 1)))
     model.read(ids[:WARM_UP])
     state = model.get_memory_state()
+    model.model.catch_up(state)  # or each decoding would begin with it
 
     def read() -> None:
         model.set_memory_state(state)
@@ -112,7 +113,9 @@ def products() -> list[dict[str, object]]:
             "bfloat16 linear": lambda half=half, short=short: [F.linear(short, w) for w in half],
             "bfloat16 packed": lambda packed=packed, short=short: [layer(short) for layer in packed],
             "int8 weights, compiled": lambda compiled=compiled, x=x: [layer(x) for layer in compiled],
-            "int8 weights, PyTorch's": lambda int8=int8, short=short: [torch._weight_int8pack_mm(short, *w) for w in int8],
+            "int8 weights, PyTorch's": lambda int8=int8, short=short: [
+                torch._weight_int8pack_mm(short, *w) for w in int8
+            ],
         }
         for name, work in formats.items():
             if not work():  # this processor has no such products

@@ -11,6 +11,7 @@ from senri.hf.int8_decoder import MOST_ROWS
 from senri.layers.int8_step import GROUP
 
 HEAD = {"memory_readout": "head", "update_rule": "slot", "memory_context_size": 5, "sliding_window_size": 8}
+SOFT = {"num_memory_layers": 0}  # takes embeddings for tokens
 SMALL = {"num_memory_layers": 2, "first_memory_layer": 1, "memory_layer_interval": 1, "memory_num_heads": 1,
          "memory_head_dim": 8, "memory_num_slots": 16}  # fmt: skip
 
@@ -153,17 +154,62 @@ def test_not_where_gradients_are_wanted(make, tokens, calls):
     cache = model(tokens(1, 9)).past_key_values
     model(tokens(1, 1), past_key_values=cache).logits.sum().backward()
     assert not calls
+    prompt = model.requires_grad_(False).get_input_embeddings()(tokens(1, 9)).requires_grad_()
+    cache = make("full", levels=True, senri=SOFT)(inputs_embeds=prompt).past_key_values
+    frozen = make("int8", levels=True, senri=SOFT).requires_grad_(False)
+    assert frozen(tokens(1, 1), past_key_values=cache).logits.requires_grad, "through the window, into a soft prompt"
+    assert not calls
+
+
+PARTS = ["layers.0", "layers.1.self_attn", "layers.1.mlp", "layers.2.input_layernorm"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", ["layers.0", "layers.1.self_attn.q_proj", "layers.1.mlp", "layers.2.input_layernorm"])
+@pytest.mark.parametrize("place", [*PARTS, "layers.1.self_attn.q_proj"])
 def test_not_where_somebody_listens(make, tokens, calls, place):
     """LoRA and hooks want full products, and to be called."""
     model, ids, heard = make("int8", levels=True), tokens(1, 12), []
-    model.model.get_submodule(place).register_forward_hook(lambda *_: heard.append(1))
+    part = model.model.get_submodule(place)
+    part.register_forward_hook(lambda *_: heard.append(1))
     one_by_one(model, ids)
     assert len(heard) == 12
+    part._forward_hooks.clear()
+    forward = part.forward
+    part.forward = lambda *args, **kwargs: heard.append(1) or forward(*args, **kwargs)
+    one_by_one(model, ids)
+    assert len(heard) == 24
     assert not calls
+
+
+@torch.no_grad()
+def test_not_where_a_part_is_of_another_class(make, tokens, calls):
+    class Loud(type(make("full", levels=True).model.layers[0].input_layernorm)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    ids, found = tokens(1, 12), []
+    for name in ("full", "int8"):
+        model = make(name, levels=True)
+        model.model.layers[1].input_layernorm.__class__ = Loud
+        found.append(one_by_one(model, ids))
+    assert not calls
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)  # but for the head
+
+
+@torch.no_grad()
+def test_states_and_positions_of_other_shapes(make, tokens, calls):
+    ids = tokens(2, 12)
+    found = []
+    for name in ("full", "int8"):
+        model = make(name, levels=True)
+        cache = model(ids).past_key_values
+        found.append(model(ids[:, :1], position_ids=torch.tensor([[12]]), past_key_values=cache).logits)
+        model = make(name, levels=True, senri={"num_sink_tokens": 0})
+        half = model.bfloat16()(ids).past_key_values
+        found.append(model.float()(ids[:, :1], past_key_values=half).logits)
+    assert len(calls) == 1, "positions for all rows; not a window in bfloat16"
+    torch.testing.assert_close(found[2], found[0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(found[3], found[1], rtol=0.05, atol=0.05)
 
 
 @torch.no_grad()
@@ -171,8 +217,33 @@ def test_not_where_somebody_listens(make, tokens, calls, place):
 def test_shapes_that_cannot_be_stay_full(make, tokens, calls, fields):
     models = [make(name, levels=False, **fields) for name in ("full", "int8")]
     for model in models:
-        model.lm_head.register_forward_hook(lambda *_: None)
+        model.lm_head.register_forward_hook(lambda *_: None)  # the head's own shape could be
     assert torch.equal(*(one_by_one(model, tokens(1, 12)) for model in models))
+    assert not calls
+
+
+@torch.no_grad()
+def test_layers_of_different_shapes_stay_full(make, tokens, calls):
+    found = []
+    for name in ("full", "int8"):
+        model = make(name, levels=True)
+        mlp = model.model.layers[1].mlp
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight.data, part.out_features = part.weight.data[:32], 32
+        mlp.down_proj.weight.data, mlp.down_proj.in_features = mlp.down_proj.weight.data[:, :32].contiguous(), 32
+        model.lm_head.register_forward_hook(lambda *_: None)
+        found.append(one_by_one(model, tokens(1, 12)))
+    assert torch.equal(*found)
+    assert not calls
+
+
+@torch.no_grad()
+def test_auto_looks_at_each_weight(make, tokens, calls):
+    """A small matrix that was fine-tuned must not hide beside large ones that were not."""
+    model = make("auto", levels=True)
+    weight = model.model.layers[2].self_attn.v_proj.weight
+    weight.add_(0.05 * torch.randn_like(weight))
+    one_by_one(model, tokens(1, 12))
     assert not calls
 
 

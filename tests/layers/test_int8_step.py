@@ -69,6 +69,24 @@ def test_weights_of_evenly_spread_levels_are_kept():
 
 
 @torch.no_grad()
+def test_the_error_is_that_of_the_layer_that_loses_most():
+    layers = [linear(64, 400), linear(64, 8)]
+    layers[0].weight.copy_(q4_1(layers[0].weight))
+    assert Int8Linear(*layers).error == Int8Linear(layers[1]).error > 3e-3
+
+
+@torch.no_grad()
+def test_the_default_dtype_does_not_matter():
+    form, x = Int8Linear(linear(64, 40)), torch.randn(1, 1, 64)
+    expected = form(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(form(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@torch.no_grad()
 def test_a_group_of_equal_weights():
     layer = linear(64, 4)
     for value in (0.0, 0.25):

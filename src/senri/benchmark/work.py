@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from senri.hf.configuration_senri import SenriConfig
 from senri.hf.fused_layer import projections
-from senri.hf.int8_decoder import int8_head, int8_layers
+from senri.hf.int8_decoder import int8_head, int8_layers, is_next
 from senri.hf.modeling_senri import SenriForCausalLM
 
 
@@ -125,12 +125,9 @@ def weight_bytes(model: SenriForCausalLM) -> int:
         del seen[id(model.model.embed_tokens.weight)]
     total = sum(p.nbytes for p in seen.values())
     token = torch.zeros(1, 1, model.config.hidden_size, dtype=model.dtype, device=model.device)
-    compiled = int8_layers(model.model, token)
+    compiled, wanted = int8_layers(model.model, token), model.config.decoding_weights
     if compiled is not None:
         full = [x for layer in model.model.layers for x in projections(layer)]
-        head = int8_head(model.lm_head, model.config.decoding_weights)
-        if head is not None:
-            full.append(model.lm_head)
-            total += head.nbytes
         total += sum(layer.nbytes for layer in compiled.layers) - sum(x.weight.nbytes for x in full)
-    return total
+    head = int8_head(model.lm_head, wanted) if wanted != "full" and is_next(token) else None
+    return total if head is None else total + head.nbytes - model.lm_head.weight.nbytes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from senri.layers import FrozenLinear, PackedLinear, PlainLinear, fuses, is_plain
+from senri.layers import FrozenLinear, PackedLinear, PlainLinear, fuses, is_bare, is_plain
 
 if TYPE_CHECKING:
     from senri.hf.cache import LayerState
@@ -35,10 +35,8 @@ def fusable(layer: SenriDecoderLayer, hidden: Tensor) -> bool:
         return False
     if layer.memory is not None and layer.memory.readout != "head":
         return False
-    if not is_plain(*projections(layer)):
-        return False
-    parts = (layer._modules[name] for name in ("self_attn", "mlp"))
-    if any(x._forward_hooks or x._forward_pre_hooks for x in parts if x is not None):  # not called as modules
+    parts = (layer._modules["self_attn"], layer._modules["mlp"])  # not called as modules
+    if not is_bare(*parts) or not is_plain(*projections(layer)):  # type: ignore[arg-type]
         return False
     trained = torch.is_grad_enabled() and any(
         p.requires_grad for name, p in layer.named_parameters() if not name.startswith("memory.")

@@ -29,9 +29,20 @@ ROWS = 2048  # that are rounded at a time: what is needed meanwhile is eight tim
 BLOCK = GROUP + 8  # bytes of such a group
 PART = 256  # keys that one thread attends to at a time
 MOST = 32767  # of sixteen bits: inputs are rounded to that many parts of the greatest one of their group
-_TINY = torch.finfo(torch.float32).tiny
+_TINY = 1e-30  # instead of 0, to divide by
+
+
+def _keeps() -> bool:
+    """Whether there is a folder in which numba may keep what it compiled for the next process."""
+    try:
+        njit(cache=True)(_keeps)
+    except RuntimeError:
+        return False
+    return True
+
+
 _LONG, _INT, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
-_COMPILED = {"fastmath": True, "error_model": "numpy", "cache": True}
+_COMPILED = {"fastmath": True, "error_model": "numpy", "cache": _keeps()}
 
 
 class Int8Linear:
@@ -42,10 +53,11 @@ class Int8Linear:
     """
 
     def __init__(self, *layers: nn.Linear) -> None:
-        parts = [_blocks(rows) for layer in layers for rows in layer.weight.detach().split(ROWS)]
-        self.blocks = torch.cat([blocks for blocks, _ in parts])  # [R, N, 32 + 8]
-        # length of what is lost, as a share of the weights'
-        self.error = math.sqrt(sum(x for _, x in parts) / max(sum(_square(x.weight) for x in layers), _TINY))
+        made = [[_blocks(rows) for rows in layer.weight.detach().split(ROWS)] for layer in layers]
+        self.blocks = torch.cat([blocks for parts in made for blocks, _ in parts])  # [R, N, 32 + 8]
+        lost = (math.sqrt(sum(square for _, square in parts)) for parts in made)
+        # length of what is lost of a layer, as a share of its weights': the greatest one
+        self.error = max(x / max(_length(layer.weight), _TINY) for x, layer in zip(lost, layers, strict=True))
         self.bias = torch.cat([x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in layers])
         self.bias = self.bias.detach().float()
         self.addresses = self.blocks.data_ptr(), self.bias.data_ptr()
@@ -61,9 +73,9 @@ class Int8Linear:
         return all(x.in_features % GROUP == 0 for x in layers)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` ``[..., in]`` -> ``[..., sum of out]``, float32, without a gradient."""
+        """``x`` ``[..., in]`` -> ``[..., sum of out]``, both float32 on a CPU, without a gradient."""
         _set_threads()
-        x, out = x.contiguous(), torch.empty(*x.shape[:-1], len(self.bias))
+        x, out = x.contiguous(), x.new_empty(*x.shape[:-1], len(self.bias))
         _linear(self.addresses, x.data_ptr(), out.data_ptr(), out[..., 0].numel(), x.shape[-1], out.shape[-1])
         return out
 
@@ -90,8 +102,8 @@ def _on_levels(groups: Tensor, low: Tensor, scale: Tensor) -> tuple[Tensor, Tens
     return blocks, levels.mul_(scale[..., None]).add_(low[..., None]).sub_(groups).square_().sum(-1)
 
 
-def _square(weight: Tensor) -> float:
-    return torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item() ** 2  # no copy of a large head
+def _length(weight: Tensor) -> float:
+    return torch.linalg.vector_norm(weight.detach(), dtype=torch.float32).item()
 
 
 class Int8Layer(NamedTuple):
@@ -141,7 +153,7 @@ class Int8Layers:
 
         Args:
             hidden: ``[B, 1, C]``.
-            rotary: cos and sin ``[B, 1, D]``.
+            rotary: cos and sin ``[B or 1, 1, D]``.
             windows: of each layer keys and values ``[B, Hkv, P + 1, D]`` of what the token sees, parts of contiguous
                 buffers. The last column is its own, and is written here.
             sinks: of each layer keys and values ``[B, Hkv, S, D]``, contiguous, if they are seen: by the query as it is
@@ -160,7 +172,7 @@ class Int8Layers:
             table[:, 14:] = [(keys.data_ptr(), values.data_ptr()) for keys, values in sinks]
         out = hidden.clone(memory_format=torch.contiguous_format)
         normed = out.new_empty(len(table), *out.shape)
-        inputs = [out, normed, *(x.contiguous() for x in rotary)]
+        inputs = [out, normed, *(x.expand(rows, -1, -1).contiguous() for x in rotary)]
         heads = len(self.layers[0].qkv.bias) // width - 2 * kv_heads
         shape = (rows, out.shape[2], self.inner, heads, kv_heads, width, seen, num_sinks)
         _layers(tuple(x.data_ptr() for x in inputs), table, shape, self.epsilon)
@@ -322,7 +334,7 @@ def _address(x):  # type: ignore[no-untyped-def]
 
 @njit(**_COMPILED)  # type: ignore[untyped-decorator]
 def _exp(x):  # type: ignore[no-untyped-def]
-    """Of a float32 number, to 2e-7 of the result; the compiler knows none for vectors."""
+    """Of a float32 number, to 4e-6 of the result; the compiler knows none for vectors."""
     power = min(max(x * np.float32(1.4426950408889634), np.float32(-126)), np.float32(127))
     whole = np.floor(power + np.float32(0.5))
     rest = (power - whole) * np.float32(0.6931471805599453)
@@ -346,7 +358,7 @@ def _row(weights, x, r, b):  # type: ignore[no-untyped-def]
         _address(sums) + 4 * of,
         groups,
     )
-    return total + carray(_pointer(bias), r + 1)[r]
+    return total + _pointer(bias)[r]
 
 
 @njit(**_COMPILED)  # type: ignore[untyped-decorator]
@@ -410,7 +422,7 @@ def _attend(query, keys, values, out, most, total):  # type: ignore[no-untyped-d
         for g in range(group):
             scores[g, p] = scale * _dot(_address(query) + g * row, _address(keys) + p * row, vectors)
     for g in range(group):
-        weights, greatest, added = scores[g], np.float32(-np.inf), np.float32(0)
+        weights, greatest, added = scores[g], scores[g, 0], np.float32(0)
         for p in range(len(weights)):
             greatest = max(greatest, weights[p])
         for p in range(len(weights)):
@@ -425,7 +437,7 @@ def _attend(query, keys, values, out, most, total):  # type: ignore[no-untyped-d
 @njit(**_COMPILED)  # type: ignore[untyped-decorator]
 def _join(outs, most, total, out):  # type: ignore[no-untyped-def]
     """What :func:`_attend` found in each part of the keys, ``[parts, D]`` and ``[parts]``, as one read ``[D]``."""
-    greatest, added = np.float32(-np.inf), np.float32(0)
+    greatest, added = most[0], np.float32(0)
     for part in range(len(most)):
         greatest = max(greatest, most[part])
     for d in range(len(out)):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SAMPLE = 8  # numbers of a weight that are looked at to see whether it has changed
+# Numbers of a weight that are looked at to see whether it has changed. A small change leaves most of bfloat16's alone.
+SAMPLE, HALF_SAMPLE = 8, 64
 _OPS = torch.ops.mkldnn  # what torch.compile's freezing calls, too
 
 
@@ -50,12 +51,14 @@ def packs(x: Tensor) -> bool:
     )
 
 
+def is_bare(*modules: nn.Module) -> bool:
+    """Whether all that calling them would do is what their class says: nobody listens, and ``forward`` is its own."""
+    return all(not x._forward_hooks and not x._forward_pre_hooks and "forward" not in x.__dict__ for x in modules)
+
+
 def is_plain(*layers: nn.Module) -> bool:
     """Whether these are linear layers as PyTorch has them: no subclass (LoRA), no hooks that want to be called."""
-    return all(
-        type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks and "forward" not in x.__dict__
-        for x in layers
-    )
+    return all(type(x) is nn.Linear for x in layers) and is_bare(*layers)
 
 
 class FrozenLinear(Protocol):
@@ -149,9 +152,10 @@ class _Seen:
         self.version = _version(parameter)
         # In-place changes by way of `.data` (PEFT merges LoRA so) raise no version: some of the numbers are compared,
         # too. This view keeps the memory alive, so that no other weight can stand at its address.
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(len(flat) // SAMPLE, 1) | 1]  # odd: not one column alone of a width that is even
-        self.some: Any = (some.view(torch.int16) if some.dtype == torch.bfloat16 else some).numpy()
+        flat, half = parameter.detach().reshape(-1), parameter.dtype == torch.bfloat16
+        step = len(flat) // (HALF_SAMPLE if half else SAMPLE)
+        some = flat[:: max(step, 1) | 1]  # odd: not one column alone of a width that is even
+        self.some: Any = (some.view(torch.int16) if half else some).numpy()
         self.before = self.some.tobytes()
 
     def is_still(self) -> bool:
