@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from torch import Tensor, nn
 
 GROUP = 32  # weights of a row that share a scale and an offset: GGUF's blocks
-ROWS = 2048  # that are rounded at a time: what is needed meanwhile is eight times as large
+ROWS = 512  # that are rounded at a time: what is needed meanwhile is eight times as large
 BLOCK = GROUP + 8  # bytes of such a group
 PART = 256  # keys that one thread attends to at a time
 MOST = 32767  # of sixteen bits: inputs are rounded to that many parts of the greatest one of their group
@@ -53,11 +53,16 @@ class Int8Linear:
     """
 
     def __init__(self, *layers: nn.Linear) -> None:
-        made = [[_blocks(rows) for rows in layer.weight.detach().split(ROWS)] for layer in layers]
-        self.blocks = torch.cat([blocks for parts in made for blocks, _ in parts])  # [R, N, 32 + 8]
-        lost = (math.sqrt(sum(square for _, square in parts)) for parts in made)
+        outer, inner = sum(layer.out_features for layer in layers), layers[0].in_features
+        self.blocks = torch.empty(outer, inner // GROUP, BLOCK, dtype=torch.uint8)  # [R, N, 32 + 8]
         # length of what is lost of a layer, as a share of its weights': the greatest one
-        self.error = max(x / max(_length(layer.weight), _TINY) for x, layer in zip(lost, layers, strict=True))
+        self.error, done = 0.0, 0
+        for layer in layers:
+            lost = 0.0
+            for rows in layer.weight.detach().split(ROWS):
+                self.blocks[done : done + len(rows)], square = _blocks(rows)
+                lost, done = lost + square, done + len(rows)
+            self.error = max(self.error, math.sqrt(lost) / max(_length(layer.weight), _TINY))
         self.bias = torch.cat([x.weight.new_zeros(len(x.weight)) if x.bias is None else x.bias for x in layers])
         self.bias = self.bias.detach().float()
         self.addresses = self.blocks.data_ptr(), self.bias.data_ptr()
