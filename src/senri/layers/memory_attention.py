@@ -599,8 +599,15 @@ class MemoryAttention(nn.Module):
         """
         if needed is None and self.context_size and name != "v":
             seen = slice(0, -1) if name == "k" else slice(1, None)  # oldest first
-            rows = inputs[:, seen]
-            return self.context.of_piece(rows, getattr(self, f"{name}_proj")(rows), valid[:, seen])
+            rows, there = inputs[:, seen], valid[:, seen]
+            projected = getattr(self, f"{name}_proj")(rows)
+            batch, size = there.shape
+            if size != self.context_size:
+                return self.context.of_piece(rows, projected, there)
+            # a single position: without blocks, which are as wide as what it sees
+            at = torch.arange(size - 1, -1, -1, device=there.device)
+            at = at + size * torch.arange(batch, device=there.device)[:, None]
+            return self.context(rows.flatten(0, 1), projected.flatten(0, 1), at, there.flip(1))[:, None]
         batch, size = valid.shape
         steps = size - self.taps + 1
         newest = torch.arange(self.taps - 1, size, device=valid.device)

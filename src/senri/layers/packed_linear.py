@@ -53,7 +53,10 @@ def packs(x: Tensor) -> bool:
 
 def is_bare(*modules: nn.Module) -> bool:
     """Whether all that calling them would do is what their class says: nobody listens, and ``forward`` is its own."""
-    return all(not x._forward_hooks and not x._forward_pre_hooks and "forward" not in x.__dict__ for x in modules)
+    for x in modules:  # noqa: SIM110  # no generator: decoding asks for three hundred of them a token
+        if x._forward_hooks or x._forward_pre_hooks or "forward" in x.__dict__:
+            return False
+    return True
 
 
 def is_plain(*layers: nn.Module) -> bool:
@@ -149,7 +152,8 @@ class _Seen:
     def __init__(self, owner: nn.Module, name: str) -> None:
         self.owner, self.name = owner._parameters, name
         self.parameter = parameter = cast(Tensor, owner._parameters[name])
-        self.version = _version(parameter)
+        # none is counted for what was made in inference mode
+        self.address, self.version = parameter.data_ptr(), None if parameter.is_inference() else parameter._version
         # In-place changes by way of `.data` (PEFT merges LoRA so) raise no version: some of the numbers are compared,
         # too. This view keeps the memory alive, so that no other weight can stand at its address.
         flat, half = parameter.detach().reshape(-1), parameter.dtype == torch.bfloat16
@@ -162,13 +166,10 @@ class _Seen:
         parameter = self.parameter
         return (
             self.owner.get(self.name) is parameter
-            and _version(parameter) == self.version
+            and parameter.data_ptr() == self.address
+            and (self.version is None or parameter._version == self.version)
             and self.some.tobytes() == self.before
         )
-
-
-def _version(parameter: Tensor) -> tuple[int, int]:
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 Form = TypeVar("Form")
