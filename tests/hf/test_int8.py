@@ -8,7 +8,7 @@ import torch
 import senri.hf.model as hf_model
 from senri import convert_to_senri, load_base
 from senri.hf.int8_decoder import MOST_ROWS
-from senri.layers.int8_step import GROUP
+from senri.layers.int8_kernels import GROUP
 
 HEAD = {"memory_readout": "head", "update_rule": "slot", "memory_context_size": 5, "sliding_window_size": 8}
 SOFT = {"num_memory_layers": 0}  # takes embeddings for tokens

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from senri.layers.int8_step import GROUP, PART, Int8Layer, Int8Layers, Int8Linear
+from senri.layers.int8_kernels import GROUP, PART
+from senri.layers.int8_step import Int8Layer, Int8Layers, Int8Linear
 
 EPSILON = 1e-5
 

@@ -597,19 +597,13 @@ class MemoryAttention(nn.Module):
         """:meth:`address` of the last T of ``inputs`` ``[B, T + K - 1, hidden]``: ``[B, T, H * D]``; zeros where none
         of ``needed`` ``[B, T, H]`` is set.
         """
-        if needed is None and self.context_size and name != "v":
-            seen = slice(0, -1) if name == "k" else slice(1, None)  # oldest first
-            rows, there = inputs[:, seen], valid[:, seen]
-            projected = getattr(self, f"{name}_proj")(rows)
-            batch, size = there.shape
-            if size != self.context_size:
-                return self.context.of_piece(rows, projected, there)
-            # a single position: without blocks, which are as wide as what it sees
-            at = torch.arange(size - 1, -1, -1, device=there.device)
-            at = at + size * torch.arange(batch, device=there.device)[:, None]
-            return self.context(rows.flatten(0, 1), projected.flatten(0, 1), at, there.flip(1))[:, None]
         batch, size = valid.shape
         steps = size - self.taps + 1
+        # not for a single position, whose block would be as much work as all that it sees
+        if needed is None and self.context_size and name != "v" and steps != 1:
+            seen = slice(0, -1) if name == "k" else slice(1, None)  # oldest first
+            rows = inputs[:, seen]
+            return self.context.of_piece(rows, getattr(self, f"{name}_proj")(rows), valid[:, seen])
         newest = torch.arange(self.taps - 1, size, device=valid.device)
         at = newest[:, None] - torch.arange(self.taps, device=valid.device)  # [T, K]
         at = at + size * torch.arange(batch, device=valid.device)[:, None, None]

@@ -173,7 +173,6 @@ class _Seen:
 
 
 Form = TypeVar("Form")
-Module = TypeVar("Module", bound=nn.Module)
 
 
 class PackedWeights:
@@ -185,7 +184,7 @@ class PackedWeights:
     def __init__(self) -> None:
         self._made: dict[str, tuple[tuple[nn.Module, ...], list[_Seen], Any]] = {}
 
-    def get(self, name: str, *modules: Module, make: Callable[..., Form]) -> Form:
+    def get(self, name: str, *modules: nn.Module, make: Callable[..., Form]) -> Form:
         """What ``make(*modules)`` gives; ``modules`` always go by this name."""
         before, seen, form = self._made.get(name, ((), [], None))
         if before != modules or not all(s.is_still() for s in seen):
