@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from senri.cli.train import notes_of
 from senri.data.corpus import load_documents
 from senri.hf.adapter import read_adapter_header
 
@@ -169,8 +170,31 @@ def test_lora_cannot_be_trained_further(senri, training, one_line):
     assert senri("train", "-o", "run").code == 0
     training(model={"adapter": "run/adapter.safetensors"})
     assert senri("read", "texts/one.txt", "-o", "one.senri").code == 0
-    training(init_adapter="run/adapter.safetensors")
-    one_line(senri("train", "-o", "more"), "has LoRA weights, which cannot be trained further")
+    for method in ("bptt", "unigram"):
+        training(init_adapter="run/adapter.safetensors", method=method)
+        one_line(senri("train", "-o", "more"), "has LoRA weights, which cannot be trained further")
+
+
+def test_an_adapter_that_starts_from_another_names_its_texts_too(monkeypatch):
+    """And a text counts as trained on whole if either training saw it whole."""
+
+    def document(digest, part_of=None):
+        return SimpleNamespace(name=f"{digest}.txt", digest=digest, part_of=part_of)
+
+    earlier = {"data": ["a.txt", "b.txt"], "data_digests": ["a", "b"], "data_parts": ["b"], "seed": 3}
+    monkeypatch.setattr("senri.hf.adapter.read_adapter_header", lambda path: {"notes": earlier})
+    config = SimpleNamespace(
+        base_model_name="tiny", training=SimpleNamespace(model_dump=lambda mode: {"method": "bptt"})
+    )
+    documents = [document("a", part_of="a"), document("b", part_of="b"), document("c", part_of="c"), document("d")]
+    notes = notes_of(config, documents, Path("adapter.safetensors"))
+    assert notes["data"] == ["a.txt", "b.txt", "c.txt", "d.txt"]
+    assert notes["data_digests"] == ["a", "b", "c", "d"]
+    assert notes["data_parts"] == ["b", "c"], "of a the earlier training saw all"
+    assert notes["before"] == earlier
+    alone = notes_of(config, documents, None)
+    assert "before" not in alone
+    assert alone["data_parts"] == ["a", "b", "c"]
 
 
 def test_evaluation_refuses_the_texts_of_the_adapter(senri, training, one_line, real_text):

@@ -31,13 +31,13 @@ SETTINGS = FeatureSettings(
 
 @pytest.fixture
 def train(make_reader, pages, tmp_path):
-    """``(folder, **config)`` -> the model that a run, or the rest of it, leaves."""
+    """``(folder, calibrates, **settings)`` -> the model that a run, or the rest of it, leaves."""
 
-    def run(folder, **config):
+    def run(folder, calibrates=True, settings=SETTINGS, **config):
         model = make_reader(**config)
         train_on_features(
-            model, pages, SETTINGS, 0, tmp_path / folder, {"model": "tiny"},
-            calibrates=True, dtype=torch.float32, notes={},
+            model, pages, settings, 0, tmp_path / folder, {"model": "tiny"},
+            calibrates=calibrates, dtype=torch.float32, notes={},
         )  # fmt: skip
         return model
 
@@ -124,11 +124,31 @@ def test_pages_are_read_in_parts_and_those_that_are_there_are_not_read_again(
 
 
 def test_the_steps_of_a_run_are_one_count(train, tmp_path):
-    expected = [("write gate", 5), ("write gate", 5), ("reading", 5 + 4)]  # two memories
+    expected = [("write gate", 5), ("write gate", 10), ("reading", 10 + 4)]  # two memories
     train("run")
     assert steps_of(tmp_path / "run") == expected
     train("run")
     assert steps_of(tmp_path / "run") == expected, "each once"
+
+
+def test_a_run_that_keeps_its_write_gates_goes_on_with_its_log(train, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, gate_steps=0, steps=26, save_steps=25)  # every 25th step is logged
+    whole = Reading.losses
+
+    def interrupted(self, texts):
+        interrupted.calls += 1
+        if interrupted.calls == 26:
+            raise KeyboardInterrupt
+        return whole(self, texts)
+
+    interrupted.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "losses", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("run", calibrates=False, settings=settings)
+    assert steps_of(tmp_path / "run") == [("reading", 25)]
+    train("run", calibrates=False, settings=settings)
+    assert steps_of(tmp_path / "run") == [("reading", 25), ("reading", 26)]
 
 
 def test_a_routed_memory_is_trained_as_one(train):

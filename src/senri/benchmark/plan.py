@@ -9,7 +9,6 @@ from typing import Any
 
 Spec = dict[str, Any]  # of one row, as JSON values; "key" names it in its run
 
-MEASUREMENTS = ("reading", "batch", "decoding", "memory", "training", "features", "conversion", "load", "peers")
 LONG = 16384  # a text that is longer is read once: its pieces are enough for a median
 BUFFER = 1 << 29  # bytes, well beyond any cache
 FEATURE_STREAMS, FEATURE_STEPS = 12, 25  # of the training on features

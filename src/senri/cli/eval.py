@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,12 +48,10 @@ def command(
 
 
 def check_packages(command: str) -> None:
-    """Raises ValueError where a package that reports are drawn with is missing."""
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"senri {command} needs {error.name}: pip install 'senri[eval]'") from None
+    """Raises ValueError where a package of the extra `eval` is missing."""
+    for name in ("jinja2", "matplotlib", "scipy", "wonderwords"):
+        if find_spec(name) is None:
+            raise ValueError(f"senri {command} needs {name}: pip install 'senri[eval]'")
 
 
 def compare_runs(a: Path, b: Path, output: Path | None) -> None:

@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Train the memory of the configured model. How stands in config/training.yaml.
 
-    Ctrl-C stops and keeps what was learned; the same command goes on. Several processes: accelerate launch
+    Ctrl-C stops; the same command goes on from what was saved. Several processes: accelerate launch
     scripts/train.py.
     """
     config = ConfigManager()
@@ -74,7 +74,7 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
     documents = load_documents(data)
     texts = split_documents(documents, "training")
     adapter = find_adapter(config.base_model_name, config.training.init_adapter)
-    _check_adapter(adapter)
+    check_adapter(adapter)
     calibrates = adapter is None and not is_senri(config.base_model_name)
     with console.status("loading the model ..."):
         quiet_transformers()
@@ -102,7 +102,7 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
         probed=probe_samples(probed),
         calibration=None if tokens is None else calibration_ids(mix, tokens, window, settings.seed),
         teacher=teacher,
-        notes=notes_of(config, texts),
+        notes=notes_of(config, texts, adapter),
         show=display.show,
         say=console.print,
     )
@@ -142,7 +142,7 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
     settings = FeatureSettings(**training.features.model_dump())
     texts = split_documents(load_documents(data), "training")
     adapter = find_adapter(config.base_model_name, training.init_adapter)
-    _check_adapter(adapter)
+    check_adapter(adapter)
     calibrates = adapter is None and not is_senri(config.base_model_name)
     with console.status("loading the model ..."):
         quiet_transformers()
@@ -180,7 +180,7 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
             facts,
             calibrates=calibrates,
             dtype=resolve_dtype(config.model.dtype),
-            notes=notes_of(config, texts),
+            notes=notes_of(config, texts, adapter),
             show=display.show,
             say=console.print,
         )
@@ -273,20 +273,33 @@ def about_data(config: ConfigManager, documents: list[Document]) -> dict[str, An
     }
 
 
-def notes_of(config: ConfigManager, documents: list[Document]) -> dict[str, Any]:
-    """What an adapter says about its training; evaluation looks its texts up in it."""
+def notes_of(config: ConfigManager, documents: list[Document], adapter: Path | None) -> dict[str, Any]:
+    """What an adapter says about its training; evaluation looks its texts up in it.
+
+    Args:
+        adapter: where the training started. Its texts count as trained on, and its own notes are kept as ``before``.
+    """
+    from senri.hf.adapter import read_adapter_header
+
+    digests = {document.digest for document in documents}
+    parts = {document.digest for document in documents if document.part_of}
+    before = {} if adapter is None else read_adapter_header(adapter)["notes"]
+    earlier, earlier_parts = (set(before.get(name, ())) for name in ("data_digests", "data_parts"))
+    whole = (digests - parts) | (earlier - earlier_parts)
     return {
         "base": config.base_model_name,
         "command": shlex.join(["senri", *sys.argv[1:]]),
         "config": config.training.model_dump(mode="json"),
-        "data": [document.name for document in documents],
-        "data_digests": sorted({document.digest for document in documents}),
+        "data": sorted({*(document.name for document in documents), *before.get("data", ())}),
+        "data_digests": sorted(digests | earlier),
         # of these only the first part was trained on, and the rest is kept for evaluation
-        "data_parts": sorted({document.digest for document in documents if document.part_of}),
+        "data_parts": sorted((parts | earlier_parts) - whole),
+        **({"before": before} if before else {}),
     }
 
 
-def _check_adapter(path: Path | None) -> None:
+def check_adapter(path: Path | None) -> None:
+    """Raises ValueError where a training cannot start from this adapter."""
     from senri.hf.adapter import has_lora, read_adapter_header
 
     if path is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 from senri.cli.common import console, quiet_transformers
 from senri.config import ConfigManager
@@ -17,9 +16,9 @@ def train_unigram(config: ConfigManager, output: Path | None, data: list[str]) -
     Raises:
         ValueError: no adapter to start from.
     """
-    from senri.cli.train import about_model, notes_of
+    from senri.cli.train import about_model, check_adapter, notes_of
     from senri.data.corpus import load_documents, split_documents
-    from senri.hf.adapter import read_adapter_header, save_adapter
+    from senri.hf.adapter import save_adapter
     from senri.hf.base import find_adapter, load_model
     from senri.identity import run_name
     from senri.training import checkpoint
@@ -31,13 +30,13 @@ def train_unigram(config: ConfigManager, output: Path | None, data: list[str]) -
     if adapter is None:
         raise ValueError("method unigram adds to an adapter: name one as init_adapter in training.yaml")
     settings = UnigramSettings(**training.unigram.model_dump())
-    before = read_adapter_header(adapter)["notes"]
+    check_adapter(adapter)
     texts = split_documents(load_documents(data), "training")
     overrides = {name: value for name, value in config.senri_overrides().items() if name != "unigram_cache"}
     with console.status("loading the model ..."):
         quiet_transformers()
         model, tokenizer = load_model(config.base_model_name, config.model.dtype, training.init_adapter, **overrides)
-    notes = _and_before(notes_of(config, texts), before)
+    notes = notes_of(config, texts, adapter)
     facts = {
         **about_model(config, model, tokenizer),
         "data_digests": sorted({document.digest for document in texts}),
@@ -67,11 +66,3 @@ def train_unigram(config: ConfigManager, output: Path | None, data: list[str]) -
     save_adapter(model, path, **notes, seed=training.seed, settings=dataclasses.asdict(settings), fit=report._asdict())
     console.print(f"{time.perf_counter() - started:,.0f} s; saved {path}: name it as adapter in config/model.yaml")
     return path
-
-
-def _and_before(notes: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """``notes`` of the adapter that starts from another one, whose texts evaluation must not use either."""
-    both = {
-        name: sorted({*notes.get(name, ()), *before.get(name, ())}) for name in ("data", "data_digests", "data_parts")
-    }
-    return {**notes, **both, "before": before}

@@ -21,7 +21,6 @@ from senri.evaluation.report import Section
 from senri.evaluation.runner import Log, RecallTask, run_task
 
 RULER_OTHERS = {"vt": variable_tracking, "cwe": common_words, "fwe": frequent_words}
-RULER_TASKS = (*RULER_NIAH, *RULER_OTHERS)
 NIAH_TASKS = (*NIAH, "shared", "together", "together_chat")
 # One text for all of them. Not those that need a haystack of their own, nor two questions for the same fact.
 TOGETHER = tuple(

@@ -59,11 +59,12 @@ def train_on_features(
     started = time.perf_counter()
     features = _features(model, source, settings.streams, folder, dtype, show, say)
     state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else None
-    fitted = (folder / GATES).is_file()
-    log = TrainingLog(folder, settings.gate_steps + (0 if state is None else state["step"]) if fitted else 0)
+    fitted = (folder / GATES).is_file() or not settings.gate_steps
+    gate_steps = settings.gate_steps * len(model.model.memories)
+    log = TrainingLog(folder, gate_steps + (0 if state is None else state["step"]) if fitted else 0)
 
     def record(entry: dict[str, Any]) -> None:
-        before = settings.gate_steps if entry["stage"] == "reading" else 0  # one count for the whole run
+        before = gate_steps if entry["stage"] == "reading" else 0  # one count for the whole run
         entry = {**entry, "step": before + entry["step"], "seconds": time.perf_counter() - started}
         log.write(entry)
         show(entry)
@@ -72,10 +73,10 @@ def train_on_features(
         if calibrates:
             prepare(model, features)
         gates = {str(i): memory.write_gate for i, memory in model.model.memories.items()}
-        if fitted:
+        if (folder / GATES).is_file():
             for i, weights in torch.load(folder / GATES, weights_only=True).items():
                 gates[i].load_state_dict(weights)
-        elif settings.gate_steps:  # else those that it starts from
+        elif not fitted:  # else those that it starts from
             fit_write_gates(model, features, settings, seed, record, anew=calibrates)
             _save({i: gate.state_dict() for i, gate in gates.items()}, folder / GATES)
         model.train()  # a store that is trained as one memory is one

@@ -86,11 +86,15 @@ def fit_write_gates(
     """Train the write gate of every memory in place.
 
     Args:
-        show: called now and then with ``stage``, ``step`` and the losses.
+        show: called now and then with ``stage``, ``step`` (one count for all gates) and the losses.
         anew: begin with random weights; else with those that it has.
     """
-    for index, memory in model.model.memories.items():
-        _fit_write_gate(memory, features, index, settings, seed, show, anew)
+    for number, (index, memory) in enumerate(model.model.memories.items()):
+
+        def count(entry: dict[str, Any], done: int = number * settings.gate_steps) -> None:
+            show({**entry, "step": done + entry["step"]})
+
+        _fit_write_gate(memory, features, index, settings, seed, count, anew)
 
 
 def _fit_write_gate(
