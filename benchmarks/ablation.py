@@ -15,10 +15,8 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
-import torch
 import transformers
 
 from senri.config import ConfigManager
@@ -29,12 +27,12 @@ from senri.hf.base import load_model
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.training.features import Features, collect, load_features, save_features
 from senri.training.fit import Reading, fit_write_gates, prepare
+from senri.training.fit_probe import LEFT_ALONE, PLAIN, RIGHT, VALUES, count_answers
 from senri.training.settings import FeatureSettings
 
 STREAMS, DEV_STREAMS, TEXTS = 24, 9, 120  # a third of the streams has no facts
 GATE_STEPS, STEPS = 500, 200
 SEED, DEV_SEED = 0, 1000
-ANSWERS = ("right", "overwritten", "untold", "unrelated", "messages")  # that are counted
 ALL_LAYERS = (6, 10, 14, 18, 22)  # whose inputs one reading keeps
 
 
@@ -117,46 +115,9 @@ class Bench:
         fit_write_gates(model, features, settings, SEED)
         model.train()
         Reading(model, features, settings, SEED).train(lambda entry: None)
-        found = ask(Reading(model.eval(), self.features("dev", row), settings, SEED))
+        dev = Reading(model.eval(), self.features("dev", row), settings, SEED)
+        found = count_answers(dev, TEXTS, DEV_SEED)
         return {"name": name, **found, "seconds": round(time.perf_counter() - started)}
-
-
-@torch.no_grad()
-def ask(reading: Reading) -> dict[str, tuple[int, int]]:
-    """Answers right and asked, of all facts and of those told again; answers that the memory should leave and leaves,
-    to facts not told, to anything else and to messages that tell a fact; plain tokens written, and tokens of values.
-    """
-    count = {name: [0, 0] for name in ANSWERS}
-    for number in range(TEXTS):
-        reading.rng = Random(f"{DEV_SEED}/{number}")
-        text = reading.draw()
-        questions = [*text.asked, *text.unknown]
-        ((added,), _), sizes = reading.added([text]), [len(question.target) for question in questions]
-        added = added[: sum(sizes)].split(sizes)
-        for place, (question, more) in enumerate(zip(questions, added, strict=True)):
-            final = question.final.float()
-            now, before = ((x @ reading.embedding.T).argmax(-1) for x in (final + more, final))
-            if place >= len(text.asked):
-                kind = "untold" if not question.left_to_base else "messages" if question.page >= 0 else "unrelated"
-                kinds, good = [kind], bool((now == before).all())
-            elif question.fact < 0:
-                continue
-            else:
-                facts = reading.features.facts[question.page]
-                kinds = ["right", *(["overwritten"] if facts.count(facts[question.fact]) > 1 else [])]
-                value = slice(len(question.target) - 2)  # the full stop, and the line's end
-                good = bool((now == question.target)[value].all())
-            for kind in kinds:
-                count[kind][0] += good
-                count[kind][1] += 1
-    features, gates = reading.features, reading.pairs.values()
-    kinds = {"plain tokens written": features.write == 0, "value tokens written": features.write == 1}
-    for name, mask in kinds.items():
-        written = torch.zeros_like(mask)
-        for pairs in gates:
-            written[torch.cat([rows for rows, _ in pairs])] = True
-        count[name] = [int((written & mask).sum()), int(mask.sum())]
-    return {name: (good, total) for name, (good, total) in count.items()}
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -166,12 +127,14 @@ def table(results: list[dict[str, Any]]) -> str:
         found = share(*pair)
         return f"{pair[0]} of {pair[1]} [{found.low:.0%}, {found.high:.0%}]"
 
-    left = " | ".join(f"{name}: left alone" for name in ANSWERS[2:])
+    left = " | ".join(f"{name}: left alone" for name in LEFT_ALONE)
     lines = [f"| | right | overwritten | {left} | plain tokens written | of values |", f"|---{'|---:' * 7}|"]
     for result in results:
-        plain, values = (result[f"{kind} tokens written"] for kind in ("plain", "value"))
+        plain, values = result[PLAIN], result[VALUES]
         rates = f"{plain[0] / plain[1]:.2%} | {values[0] / values[1]:.0%}"
-        lines.append(f"| {result['name']} | {' | '.join(shown(result[name]) for name in ANSWERS)} | {rates} |")
+        lines.append(
+            f"| {result['name']} | {' | '.join(shown(result[name]) for name in (*RIGHT, *LEFT_ALONE))} | {rates} |"
+        )
     return "\n".join(lines)
 
 

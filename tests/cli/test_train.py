@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -259,7 +260,10 @@ def test_a_training_on_features_and_its_adapter_read_with(senri, training):
         p.name for p in Path("run").iterdir()
     }
     stages = [(entry["stage"], entry["step"]) for entry in log_of("run")]
-    assert stages == [("write gate", 20), ("reading", 20 + 4)]
+    assert stages == [("write gate", 20), ("probe", 20 + 2), ("reading", 20 + 4), ("probe", 20 + 4)]
+    assert re.search(
+        r"held-out pages: step 22   right \d+%.*; left alone: untold .*; written \d+% of values, ", result.out
+    )
     notes = read_adapter_header("run/adapter.safetensors")["notes"]
     assert set(notes["data_digests"]) <= {d.digest for d in load_documents(["texts"])}
     assert notes["data_digests"]

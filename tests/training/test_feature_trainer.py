@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import senri.training.feature_trainer as feature_trainer
+from senri.data.samples import SampleError
 from senri.training.feature_trainer import train_on_features
 from senri.training.fit import Reading
 from senri.training.settings import FeatureSettings
@@ -149,6 +150,44 @@ def test_a_run_that_keeps_its_write_gates_goes_on_with_its_log(train, tmp_path, 
     assert steps_of(tmp_path / "run") == [("reading", 25)]
     train("run", calibrates=False, settings=settings)
     assert steps_of(tmp_path / "run") == [("reading", 25), ("reading", 26)]
+
+
+def test_held_out_pages_are_looked_at_now_and_then_and_at_the_end(make_reader, pages, tmp_path, monkeypatch):
+    """They change nothing of what is learned, and a run that goes on does not read them again."""
+    monkeypatch.setattr(feature_trainer, "PROBED_STREAMS", 3)
+    monkeypatch.setattr(feature_trainer, "PROBED_TEXTS", 4)
+    seen, said = [], []
+
+    def run(folder, **options):
+        model = make_reader()
+        train_on_features(
+            model, pages, replace(SETTINGS, steps=5), 0, tmp_path / folder, {"model": "tiny"},
+            calibrates=True, dtype=torch.float32, notes={}, show=seen.append, say=said.append, **options,
+        )  # fmt: skip
+        assert not model.training
+        return model
+
+    plain, probed = run("plain"), run("probed", probed=pages, probe_steps=2)
+    for (name, parameter), (_, its) in zip(plain.named_parameters(), probed.named_parameters(), strict=True):
+        assert torch.equal(parameter, its), name
+    looks = [entry for entry in seen if entry["stage"] == "probe"]
+    assert [entry["step"] for entry in looks] == [10 + 2, 10 + 4, 10 + 5]
+    assert all(0 <= entry["right"] <= 1 and "unrelated" not in entry for entry in looks)
+    assert {"value tokens written", "plain tokens written", "untold"} <= looks[0].keys()
+    assert said.count("reading held-out pages for the probe ...") == 1
+    run("probed", probed=pages, probe_steps=2)
+    assert said.count("reading held-out pages for the probe ...") == 1
+
+
+def test_too_little_text_to_probe_is_said_and_the_training_goes_on(train, pages, tmp_path, monkeypatch):
+    def too_short(model, source, streams, **options):
+        raise SampleError("the haystack has 5 tokens")
+
+    model, said = train("run"), []
+    monkeypatch.setattr(feature_trainer, "collect", too_short)
+    found = feature_trainer._held_out(model, pages, tmp_path / "run", torch.float32, said.append)
+    assert found is None
+    assert said[-1] == "nothing is probed, for the text that is kept back is too short: the haystack has 5 tokens"
 
 
 def test_a_routed_memory_is_trained_as_one(train):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -140,7 +141,8 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
     if processes().num_processes > 1:
         raise ValueError("method features runs in one process: start it with senri train, or set method to bptt")
     settings = FeatureSettings(**training.features.model_dump())
-    texts = split_documents(load_documents(data), "training")
+    documents = load_documents(data)
+    texts = split_documents(documents, "training")
     adapter = find_adapter(config.base_model_name, training.init_adapter)
     check_adapter(adapter)
     calibrates = adapter is None and not is_senri(config.base_model_name)
@@ -150,14 +152,20 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
             config.base_model_name, "float32", training.init_adapter, **config.senri_overrides()
         )
     check_model(model)
-    pages = RecallPages(
-        texts,
-        tokenizer,
-        size=settings.page_size,
-        pages=settings.pages,
-        questions=settings.questions,
-        chat=training.chat_ratio,
-        seed=training.seed,
+    pages, probed = (
+        RecallPages(
+            part,
+            tokenizer,
+            size=settings.page_size,
+            pages=settings.pages,
+            questions=settings.questions,
+            chat=training.chat_ratio,
+            seed=seed,
+        )
+        for part, seed in (
+            (texts, training.seed),
+            (split_documents(documents, "evaluation"), training.seed + PROBE_SEED),
+        )
     )
     facts = {
         **about_model(config, model, tokenizer),
@@ -181,6 +189,8 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
             calibrates=calibrates,
             dtype=resolve_dtype(config.model.dtype),
             notes=notes_of(config, texts, adapter),
+            probed=probed,
+            probe_steps=training.probe_steps,
             show=display.show,
             say=console.print,
         )
@@ -361,8 +371,22 @@ class FeatureDisplay:
             part = f"part {entry['part']} of {entry['parts']}, {entry['step']:,} of {entry['of']:,} tokens"
             console.print(f"reading pages and questions: {part}   {speed}")
             return
+        if entry["stage"] == "probe":
+            console.print(held_out_line(entry))
+            return
         losses = [f"{n} {v:.4f}" for n, v in entry.items() if n not in ("stage", "step", "seconds")]
         console.print("   ".join([f"{entry['stage']}: step {entry['step']}", *losses, f"{entry['seconds']:,.0f} s"]))
+
+
+def held_out_line(entry: dict[str, Any]) -> str:
+    """A probe of a training on features in words."""
+    from senri.training.fit_probe import LEFT_ALONE, PLAIN, RIGHT, VALUES
+
+    def some(names: Sequence[str]) -> str:
+        return ", ".join(f"{name} {entry[name]:.0%}" for name in names if name in entry)
+
+    written = f"written {entry[VALUES]:.0%} of values, {entry[PLAIN]:.2%} of plain tokens"
+    return f"held-out pages: step {entry['step']}   {some(RIGHT)}; left alone: {some(LEFT_ALONE)}; {written}"
 
 
 _GATES = {"write": "write_plain", "write asked": "write_asked", "read": "read_gate"}

@@ -11,19 +11,22 @@ from typing import Any
 import torch
 
 from senri.data.pages import RecallPages
+from senri.data.samples import SampleError
 from senri.hf.adapter import save_adapter
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.identity import Identity
 from senri.training import checkpoint
 from senri.training.features import Features, collect, join, load_features, save_features
 from senri.training.fit import Reading, check_model, fit_write_gates, prepare
+from senri.training.fit_probe import count_answers
 from senri.training.log import TrainingLog
 from senri.training.settings import FeatureSettings, TrainingError
 from senri.training.trainer import ADAPTER
 
-GATES, STATE = "write_gates.pt", "reading.pt"
+GATES, STATE, PROBED = "write_gates.pt", "reading.pt", "features-probe.pt"
 BATCH = 4  # streams that are read side by side
 PART = 12  # streams of one file of features; every third one is plain, and a part needs such
+PROBED_STREAMS, PROBED_TEXTS = 6, 40  # held-out streams, and texts that are put together from their pages
 
 
 def train_on_features(
@@ -37,6 +40,8 @@ def train_on_features(
     calibrates: bool,
     dtype: torch.dtype,
     notes: dict[str, Any],
+    probed: RecallPages | None = None,
+    probe_steps: int = 50,
     show: Callable[[dict[str, Any]], None] = lambda entry: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -48,6 +53,7 @@ def train_on_features(
         model: converted, float32; trained in place.
         calibrates: whether the memory's projections are set anew, from the features, and its write gate begins anew.
         dtype: that the base reads the pages in; the memory learns in float32.
+        probed: held-out pages to look at every ``probe_steps``, and at the end.
 
     Raises:
         TrainingError: see :func:`senri.training.fit.check_model`, and a folder with another run.
@@ -57,6 +63,7 @@ def train_on_features(
         raise TrainingError("gate_steps 0 keeps the write gate of init_adapter, and there is none: name one")
     checkpoint.open_folder(folder, identity)
     started = time.perf_counter()
+    held_out = None if probed is None else _held_out(model, probed, folder, dtype, say)
     features = _features(model, source, settings.streams, folder, dtype, show, say)
     state = torch.load(folder / STATE, weights_only=True) if (folder / STATE).is_file() else None
     fitted = (folder / GATES).is_file() or not settings.gate_steps
@@ -64,7 +71,7 @@ def train_on_features(
     log = TrainingLog(folder, gate_steps + (0 if state is None else state["step"]) if fitted else 0)
 
     def record(entry: dict[str, Any]) -> None:
-        before = gate_steps if entry["stage"] == "reading" else 0  # one count for the whole run
+        before = 0 if entry["stage"] == "write gate" else gate_steps  # one count for the whole run
         entry = {**entry, "step": before + entry["step"], "seconds": time.perf_counter() - started}
         log.write(entry)
         show(entry)
@@ -79,12 +86,40 @@ def train_on_features(
         elif not fitted:  # else those that it starts from
             fit_write_gates(model, features, settings, seed, record, anew=calibrates)
             _save({i: gate.state_dict() for i, gate in gates.items()}, folder / GATES)
+        dev = None if held_out is None else Reading(model, held_out, settings, seed)
+
+        def probe(step: int) -> None:
+            if dev is not None and (step % probe_steps == 0 or step == settings.steps):
+                model.eval()
+                counts = count_answers(dev, PROBED_TEXTS, seed)
+                model.train()
+                shares = {name: good / total for name, (good, total) in counts.items() if total}
+                record({"stage": "probe", "step": step, **shares})
+
         model.train()  # a store that is trained as one memory is one
-        Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE))
+        Reading(model, features, settings, seed).train(record, state, lambda s: _save(s, folder / STATE), probe)
     finally:
         log.close()
     save_adapter(model.eval(), folder / ADAPTER, **notes, seed=seed, settings=dataclasses.asdict(settings))
     return folder / ADAPTER
+
+
+def _held_out(
+    model: SenriForCausalLM, source: RecallPages, folder: Path, dtype: torch.dtype, say: Callable[[str], None]
+) -> Features | None:
+    """Of some streams that are not trained on; None where there is too little text for them."""
+    path = folder / PROBED
+    if not path.is_file():
+        say("reading held-out pages for the probe ...")
+        model.to(dtype)
+        try:
+            save_features(collect(model, source, range(PROBED_STREAMS), batch=BATCH, unrelated=False), path)
+        except SampleError as error:
+            say(f"nothing is probed, for the text that is kept back is too short: {error}")
+            return None
+        finally:
+            model.float()
+    return load_features(path)
 
 
 def _features(

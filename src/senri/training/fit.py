@@ -258,11 +258,18 @@ class Reading:
                     groups["gates" if quick else "rest"].append(parameter)
         return groups
 
-    def train(self, show: Show, state: dict[str, Any] | None = None, save: Save = lambda state: None) -> None:
+    def train(
+        self,
+        show: Show,
+        state: dict[str, Any] | None = None,
+        save: Save = lambda state: None,
+        probe: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """All steps, or those that follow a saved ``state``.
 
         Args:
             save: called every ``save_steps`` with the state to go on from.
+            probe: called after each step with its number.
 
         Raises:
             TrainingError: a loss that is not finite.
@@ -305,6 +312,7 @@ class Reading:
             if (step + 1) % 25 == 0 or step == settings.steps - 1:
                 said = {name: part.item() for name, part in losses.items()}
                 show({"stage": "reading", "step": step + 1, **said})
+            probe(step + 1)
             if (step + 1) % settings.save_steps == 0 or step == settings.steps - 1:
                 save(
                     {"step": step + 1, "optimizer": optimizer.state_dict(), "parameters": [p.data for p in parameters]}
