@@ -14,8 +14,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from senri.cli.train import notes_of
-from senri.data.corpus import load_documents
+from senri.cli.eval import held_out
+from senri.cli.train import notes_of, training_texts
+from senri.config import ConfigManager
+from senri.data.corpus import load_documents, split_documents
 from senri.hf.adapter import read_adapter_header
 
 from .conftest import CONFIG, MEMORY
@@ -123,6 +125,22 @@ def test_ctrl_c_saves_and_says_how_to_go_on(senri, training, monkeypatch):
     assert bytes_[0] == bytes_[1]
 
 
+def test_a_data_set_is_trained_on_and_evaluation_keeps_apart_from_it(training, real_text, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = [real_text[start : start + 9_000] for start in (300_000, 320_000, 340_000)]
+    Path("set").mkdir()
+    Path("set/train.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+    training(dataset="./set", dataset_texts=2)
+    config = ConfigManager()
+    assert [d.text for d in training_texts(config, [])] == texts[:2]
+    assert [d.name for d in training_texts(config, ["texts"])] == ["one.txt", "two.txt"], "what is named counts"
+    parts = [text for document in held_out(config) for text in texts if document.text in text]
+    assert 1 <= len(parts) <= 2
+    trained = split_documents(training_texts(config, []), "training")
+    assert all(document.text != part.text for document in trained for part in held_out(config))
+
+
 @pytest.mark.slow
 def test_another_text_and_other_settings_are_other_runs(senri, training, one_line):
     assert senri("train", "-o", "run", "--data", "texts/one.txt").code == 0
@@ -136,12 +154,13 @@ def test_another_text_and_other_settings_are_other_runs(senri, training, one_lin
     ("changes", "line"),
     [
         ({"data": ["nowhere"]}, "nowhere: no such file"),
+        ({"dataset": "./nowhere"}, "the data set ./nowhere cannot be loaded"),
         ({"gate_learning_rate": 1e-3}, "less than 2.0: it would stay where it starts; set gate_learning_rate to"),
         ({"init_adapter": "none.safetensors"}, "none.safetensors: no such adapter file"),
         ({"max_length": 80}, "80 tokens do not hold a fact beyond the window of 64"),
         ({"niah_ratio": 0.0, "recall_ratios": {**TRAINING["recall_ratios"], "babi": 0.5}, "babi_folder": "x"}, "babi"),
     ],
-    ids=["data", "gates", "adapter", "length", "babi"],
+    ids=["data", "dataset", "gates", "adapter", "length", "babi"],
 )
 def test_bad_input_is_one_line(senri, training, one_line, changes, line):
     training(**changes)

@@ -99,9 +99,10 @@ def held_out(config: ConfigManager) -> list[Document]:
     Raises:
         ValueError: no text, or one that training reads too, or that the adapter was trained on.
     """
+    from senri.cli.train import training_texts
     from senri.data.corpus import check_disjoint, load_documents, split_documents
 
-    training = load_documents(config.training.data)
+    training = training_texts(config, [])
     if not config.experiment.evaluation.data:
         documents = split_documents(training, "evaluation")
     else:

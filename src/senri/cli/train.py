@@ -44,7 +44,7 @@ def command(
     """
     config = ConfigManager()
     _check_packages(config)
-    train(config, output, data or list(config.training.data))
+    train(config, output, data or [])
 
 
 def _check_packages(config: ConfigManager) -> None:
@@ -58,8 +58,12 @@ def _check_packages(config: ConfigManager) -> None:
 
 
 def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
-    """Train as the configuration says, or go on with it; returns the path of what was learned."""
-    from senri.data.corpus import load_documents, split_documents
+    """Train as the configuration says, or go on with it; returns the path of what was learned.
+
+    Args:
+        data: texts and folders instead of the configured ones.
+    """
+    from senri.data.corpus import split_documents
     from senri.hf.base import find_adapter, is_senri, load_model, load_unconverted
     from senri.identity import run_name
     from senri.training.checkpoint import check_folder
@@ -72,7 +76,7 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
         return train_features(config, output, data)
     started = time.perf_counter()
     settings = make_settings(config)
-    documents = load_documents(data)
+    documents = training_texts(config, data)
     texts = split_documents(documents, "training")
     adapter = find_adapter(config.base_model_name, config.training.init_adapter)
     check_adapter(adapter)
@@ -125,7 +129,7 @@ def train(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
 
 def train_features(config: ConfigManager, output: Path | None, data: list[str]) -> Path:
     """As :func:`train`, on cached features."""
-    from senri.data.corpus import load_documents, split_documents
+    from senri.data.corpus import split_documents
     from senri.data.pages import RecallPages
     from senri.hf.base import find_adapter, is_senri, load_model, resolve_dtype
     from senri.identity import run_name
@@ -141,7 +145,7 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
     if processes().num_processes > 1:
         raise ValueError("method features runs in one process: start it with senri train, or set method to bptt")
     settings = FeatureSettings(**training.features.model_dump())
-    documents = load_documents(data)
+    documents = training_texts(config, data)
     texts = split_documents(documents, "training")
     adapter = find_adapter(config.base_model_name, training.init_adapter)
     check_adapter(adapter)
@@ -201,6 +205,18 @@ def train_features(config: ConfigManager, output: Path | None, data: list[str]) 
     seconds = time.perf_counter() - started
     console.print(f"{seconds:,.0f} s; saved {path}: name it as adapter in config/model.yaml")
     return path
+
+
+def training_texts(config: ConfigManager, data: list[str]) -> list[Document]:
+    """The texts named in ``data``, or what training.yaml names."""
+    from senri.data.corpus import load_documents
+    from senri.data.packing import load_hub_documents
+
+    training = config.training
+    if not data and training.dataset is not None:
+        with console.status(f"loading {training.dataset} ..."):
+            return load_hub_documents(training.dataset, training.dataset_texts)
+    return load_documents(data or training.data)
 
 
 def make_settings(config: ConfigManager) -> TrainingSettings:

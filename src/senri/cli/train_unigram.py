@@ -16,8 +16,8 @@ def train_unigram(config: ConfigManager, output: Path | None, data: list[str]) -
     Raises:
         ValueError: no adapter to start from.
     """
-    from senri.cli.train import about_model, check_adapter, notes_of
-    from senri.data.corpus import load_documents, split_documents
+    from senri.cli.train import about_model, check_adapter, notes_of, training_texts
+    from senri.data.corpus import split_documents
     from senri.hf.adapter import save_adapter
     from senri.hf.base import find_adapter, load_model
     from senri.identity import run_name
@@ -31,7 +31,7 @@ def train_unigram(config: ConfigManager, output: Path | None, data: list[str]) -
         raise ValueError("method unigram adds to an adapter: name one as init_adapter in training.yaml")
     settings = UnigramSettings(**training.unigram.model_dump())
     check_adapter(adapter)
-    texts = split_documents(load_documents(data), "training")
+    texts = split_documents(training_texts(config, data), "training")
     overrides = {name: value for name, value in config.senri_overrides().items() if name != "unigram_cache"}
     with console.status("loading the model ..."):
         quiet_transformers()

@@ -168,6 +168,8 @@ class TrainingConfig(Section):
 
     method: Literal["features", "bptt", "unigram"]
     data: tuple[Text, ...]
+    dataset: Text | None
+    dataset_texts: Positive
     batch_size: Positive
     max_length: Positive
     curriculum: tuple[StageConfig, ...]
