@@ -138,6 +138,35 @@ def test_tokens_written_one_after_the_other_do_not_weaken_each_other():
         assert not state.slots.running.any()
 
 
+def test_a_call_that_writes_nothing_is_as_any_other():
+    """Token by token without gradients, where closed gates take a short cut, as all at once with them."""
+    rng = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(2, 8, heads, 4, dtype=torch.float64, generator=rng) for heads in (1, 1, 3))
+    beta = torch.tensor([[1, 1, 0, 0, 0.5, 0, 0, 1], [0, 1, 0, 0, 1, 0, 0, 0]]).double()[..., None]
+    mask = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1, 0, 1]]).bool()
+    importance, null = (torch.randn(2, 8, heads, dtype=torch.float64, generator=rng) for heads in (1, 3))
+    each = {"beta": beta, "mask": mask, "importance": importance, "null": null}
+    expected, at_once = scan(q, k, v, rule="slot", num_slots=3, slot=SHARP, **each)
+    outs, state = [], None
+    for t in range(8):
+        part = slice(t, t + 1)
+        gates = {name: x[:, part] for name, x in each.items()}
+        with torch.no_grad():
+            out, state = scan(q[:, part], k[:, part], v[:, part], state, rule="slot", num_slots=3, slot=SHARP, **gates)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), expected, **EXACT)
+    assert torch.equal(state.written, at_once.written)
+    for name in ("K", "strength", "run", "running", "importance"):
+        torch.testing.assert_close(getattr(state.slots, name), getattr(at_once.slots, name), **EXACT)
+    torch.testing.assert_close(state.M, at_once.M, **EXACT)
+    with torch.no_grad():
+        closed = scan(
+            q[:, :0], k[:, :0], v[:, :0], state, rule="slot", slot=SHARP, **{n: x[:, :0] for n, x in each.items()}
+        )
+    assert closed[0].shape == (2, 0, 3, 4)
+    assert torch.equal(closed[1].slots.running, state.slots.running)
+
+
 def test_padding_is_no_end_of_a_run():
     beta = torch.ones(1, 6, 1, dtype=torch.float64)
     mask = torch.tensor([[0, 1, 0, 0, 1, 0]])

@@ -289,6 +289,11 @@ def _scan(
     """Walk the chunks of one call; all tensors heads first from here on."""
     kind = RULES[rule]
     steps, num_heads = q.shape[1], stream.k.shape[2]
+    if state.slots is not None and store is None and _closed(stream):
+        out = read(q, state, rule=rule, feature_map=feature_map, eps=eps, slot=slot, null=null)
+        running = state.slots.running & ~stream.valid.any(1)[:, None]
+        slots = state.slots._replace(running=running)
+        return out, state._replace(slots=slots, written=state.written + stream.valid.sum(1))
     whole = _prepare(q, stream, kind.normalised, feature_map or kind.feature_map, dtype)
     parameters = _parameters(slot, num_heads, state.M)
     nothing = _null(null, q, num_heads, dtype)
@@ -312,6 +317,11 @@ def _scan(
         out, state = _walk(whole, state, cuts, begins, eps, nothing, parameters)
     out = out.permute(0, 3, 1, 2, 4).reshape(*q.shape[:3], stream.v.shape[-1])
     return out, state._replace(written=written)
+
+
+def _closed(stream: Pending) -> bool:
+    """Whether the write gate lets nothing through, as while an answer is made: not for gradients, which ask why not."""
+    return stream.beta is not None and not torch.is_grad_enabled() and not bool(stream.beta.any())
 
 
 def _walk(
