@@ -420,7 +420,7 @@ class MemoryAttention(nn.Module):
             writing = Writing(pairs, state.memory, self._slot_of())
         pairs = writing.pairs
         out, memory = self.write_and_read(
-            self._over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, writing.memory,
+            self.over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, writing.memory,
             beta=pairs.beta, importance=pairs.importance, log_alpha=pairs.log_alpha, mask=pairs.valid,
             null=self._null(hidden), expand=self._expand(hidden), slot=writing.slot,
         )  # fmt: skip
@@ -479,7 +479,7 @@ class MemoryAttention(nn.Module):
         if beta is not None and not torch.is_grad_enabled() and not beta.any():  # as for most tokens of a text
             k = v = _full(inputs.new_zeros(())).expand(*valid.shape, self.num_key_value_heads * self.head_dim)
         else:
-            k = self._over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0)
+            k = self.over("k", inputs[:, past], stream.valid[:, past], None if beta is None else beta > 0)
             v = self._values(inputs[:, past], stream, embedding)
         return Leaving(
             k,
@@ -593,7 +593,7 @@ class MemoryAttention(nn.Module):
             read = self.read_gate(hidden, found, stray)
         return self.o_proj(read.to(hidden.dtype).flatten(2))
 
-    def _over(self, name: str, inputs: Tensor, valid: Tensor, needed: Tensor | None = None) -> Tensor:
+    def over(self, name: str, inputs: Tensor, valid: Tensor, needed: Tensor | None = None) -> Tensor:
         """:meth:`address` of the last T of ``inputs`` ``[B, T + K - 1, hidden]``: ``[B, T, H * D]``; zeros where none
         of ``needed`` ``[B, T, H]`` is set.
         """
@@ -620,7 +620,7 @@ class MemoryAttention(nn.Module):
         """Of the tokens that leave, the last T of ``past`` ``[B, T + K - 1, hidden]``."""
         part = slice(self.taps - 1, past.shape[1])
         if self.readout != "head":
-            return self._over("v", past, stream.valid[:, : past.shape[1]])
+            return self.over("v", past, stream.valid[:, : past.shape[1]])
         assert embedding is not None
         assert stream.ids is not None
         return self.embedded(stream.ids[:, part], embedding)

@@ -436,33 +436,48 @@ class Reading:
                 shares[index] = of_memory
         return total, shares
 
+    @staticmethod
+    def _queries(memory: MemoryAttention, asking: list[list[Tensor]], missing: list[list[int]]) -> list[Tensor]:
+        """``[n, H * D]`` of each text, whose parts ``[K - 1 + T, hidden]`` stand one behind the other.
+
+        Parts side by side, padded at the end: gathering for each position what it sees would take longer than all else.
+        """
+        before, made = memory.taps - 1, {}
+        for long in (False, True):  # questions, and stretches of plain text
+            places = [
+                (i, j)
+                for i, parts in enumerate(asking)
+                for j, part in enumerate(parts)
+                if (len(part) - before > before) == long
+            ]
+            if not places:
+                continue
+            parts = [asking[i][j].float() for i, j in places]
+            lengths = torch.tensor([len(part) for part in parts])[:, None]
+            steps = torch.arange(int(lengths.max()))
+            valid = (steps >= torch.tensor([missing[i][j] for i, j in places])[:, None]) & (steps < lengths)
+            of_parts = memory.over("q", nn.utils.rnn.pad_sequence(parts, batch_first=True), valid)
+            for place, part, own in zip(places, parts, of_parts, strict=True):
+                made[place] = own[: len(part) - before]
+        return [torch.cat([made[i, j] for j in range(len(parts))]) for i, parts in enumerate(asking)]
+
     def reads(self, index: int, memory: MemoryAttention, texts: list[Text]) -> tuple[list[Tensor], list[Tensor] | None]:
         """What the memory adds at each text's answer tokens and plain tokens, ``[n, hidden]`` a text; and of rule
         ``slot`` the share that each read has of each pair, ``[n, pairs]`` a text.
         """
         features, hidden, taps = self.features, self.features.hidden[index], memory.taps
         pairs: list[list[Tensor]] = []
-        asking: list[Tensor] = []  # inputs of all questions, with those before them
-        windows: list[Tensor] = []  # [n, K] rows of these, a text
-        valid: list[Tensor] = []  # [rows] which of them are tokens
-        seen = 0
+        asking: list[list[Tensor]] = []  # of each text, inputs of its questions and its plain text, with those before
+        missing: list[list[int]] = []  # of each of these how many are no tokens
         for text in texts:
             left = [self._left(index, page, facts) for page, facts in text.pages]
             pairs.append([torch.cat(parts) for parts in zip(*left, strict=True)])
-            plain = hidden[text.plain - taps + 1 : text.plain + SILENT]
             questions = [*text.asked, *text.unknown]
-            parts = [*(q.hidden[index] for q in questions), plain]
-            for part, missing in zip(parts, [*(q.missing for q in questions), 0], strict=True):
-                valid.append(torch.arange(len(part)) >= missing)
-            around = []
-            for part in parts:
-                around.append(seen + torch.arange(taps - 1, len(part))[:, None] - torch.arange(taps))
-                seen += len(part)
-            asking += parts
-            windows.append(torch.cat(around))
-        inputs, at = torch.cat(asking).float(), torch.cat(windows)
-        sizes = [len(window) for window in windows]
-        queries = memory.address("q", inputs, at, torch.cat(valid)[at]).split(sizes)
+            plain = hidden[text.plain - taps + 1 : text.plain + SILENT]
+            asking.append([*(q.hidden[index] for q in questions), plain])
+            missing.append([*(q.missing for q in questions), 0])
+        queries = self._queries(memory, asking, missing)
+        sizes = [len(of_text) for of_text in queries]
         key_rows, inside = _before(features, torch.cat([rows for rows, _ in pairs]), taps)
         needed, places = key_rows.unique(return_inverse=True)
         counts = [len(rows) for rows, _ in pairs]
@@ -484,9 +499,9 @@ class Reading:
             k_all.new_zeros(*k_all.shape[:2], 0), k_all, torch.stack(v_rows), empty, beta=beta, mask=mask
         )
         q_all = torch.stack(q_rows)
-        now = torch.zeros(len(texts), reads, inputs.shape[1])
-        for i, (size, window) in enumerate(zip(sizes, windows, strict=True)):
-            now[i, :size] = inputs[window[:, 0]]
+        now = torch.zeros(len(texts), reads, hidden.shape[1])
+        for i, (size, parts) in enumerate(zip(sizes, asking, strict=True)):
+            now[i, :size] = torch.cat([part[taps - 1 :] for part in parts])
         out = memory.read_out(now, memory.read_all(q_all, now, state))
         added = [out[i, :size] for i, size in enumerate(sizes)]
         if state.slots is None:
