@@ -32,7 +32,7 @@ SETTINGS = FeatureSettings(
 
 @pytest.fixture
 def train(make_reader, pages, tmp_path):
-    """``(folder, calibrates, **settings)`` -> the model that a run, or the rest of it, leaves."""
+    """``(folder, calibrates, settings, **config)`` -> the model that a run, or the rest of it, leaves."""
 
     def run(folder, calibrates=True, settings=SETTINGS, **config):
         model = make_reader(**config)

