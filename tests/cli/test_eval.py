@@ -175,3 +175,14 @@ def test_the_script_for_fresh_machines_says_how_it_is_used(arguments):
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "python scripts/colab.py test | train | eval" in done.stderr
+
+
+def test_a_missing_package_is_named_before_anything_is_loaded(senri, configure, base_folder, one_line, monkeypatch):
+    from senri.cli import eval as command
+
+    configure(base_folder)
+    whole = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "wonderwords" else whole(name))
+    monkeypatch.setattr(command, "run", lambda *arguments: pytest.fail("it was begun"))
+    one_line(senri("eval"), r"senri eval needs wonderwords: pip install 'senri\[eval\]'")
+    command.check_packages("bench")

@@ -40,16 +40,16 @@ def command(
 
     Ctrl-C stops; the same command goes on.
     """
-    check_packages(NAME)
+    check_packages(NAME, "wonderwords")
     if compare is not None:
         compare_runs(*compare, output)
     else:
         run(ConfigManager(), output)
 
 
-def check_packages(command: str) -> None:
-    """Raises ValueError where a package of the extra `eval` is missing."""
-    for name in ("jinja2", "matplotlib", "scipy", "wonderwords"):
+def check_packages(command: str, *more: str) -> None:
+    """Raises ValueError where a package that reports are made with is missing, or one of ``more``."""
+    for name in ("jinja2", "matplotlib", "scipy", *more):
         if find_spec(name) is None:
             raise ValueError(f"senri {command} needs {name}: pip install 'senri[eval]'")
 
