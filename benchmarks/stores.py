@@ -34,7 +34,7 @@ from senri.evaluation.plots import draw
 from senri.evaluation.report import Curves, Series
 from senri.evaluation.statistics import Mean, mean
 from senri.hf.base import base_directory, load_tokenizer, load_unconverted
-from senri.hf.calibrate import set_projections
+from senri.hf.calibrate import set_addresses
 from senri.layers import MemoryAttention
 from senri.memory import (
     RULES,
@@ -315,7 +315,7 @@ def collect(paths: list[str]) -> tuple[Callable[[str, Tensor], Tensor], Tensor, 
     other = tokens(documents[0].text, CALIBRATION)
     states = hidden(other.view(-1, 1024)).flatten(0, 1)
     calibrated = MemoryAttention(states.shape[1], 1, 1, states.shape[1], window=0)
-    set_projections(calibrated, states.double(), states.double())
+    set_addresses(calibrated, states.double())
     raw = orthogonal_basis("random", states.shape[1])
     loud = (states @ raw.T).square().mean().sqrt()  # as large as the calibrated ones
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from senri.hf.calibrate import RIDGE, calibrate
+from senri.hf.calibrate import HEIGHT, RIDGE, calibrate
 from senri.hf.convert import convert_to_senri
 
 HEAD = {"memory_readout": "head", "update_rule": "delta_token", "memory_conv_size": 2, "num_memory_layers": 1}
@@ -64,14 +64,38 @@ def test_keys_are_centred_and_white(make_senri, tokens, options):
         assert torch.cov(raw.T).sub(torch.eye(16)).abs().max() > 0.3, "white to begin with: this shows nothing"
 
 
+WHOLE = {"memory_num_heads": 1, "memory_num_key_value_heads": 1, "memory_head_dim": 32}  # as wide as the model
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        WHOLE,
+        {"memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 16},
+        {**WHOLE, "memory_sharing": True, "num_memory_layers": 2},
+    ],
+    ids=["one head", "grouped queries", "shared"],
+)
 @torch.no_grad()
-def test_values_of_the_head_readout_are_centred(make_senri, tokens):
-    model, ids = make_senri(random=False, **HEAD), text(tokens)
+def test_every_token_comes_out_of_the_head_readout_as_itself(make_senri, tokens, heads):
+    model, ids = make_senri(random=False, **{**HEAD, **heads}), text(tokens)
+    table = model.model.embed_tokens.weight
+    table.copy_(table * torch.logspace(0, 2, 32) + 0.5)  # far from round, and not about 0
+    table[:8] *= 3  # tokens that stand apart
     calibrate(model, ids, repeat_tokens=REPEAT)
-    memory = model.model.memories[1]
-    values = memory.v_proj(model.model.embed_tokens(ids[:-REPEAT]))
+    first, last = (list(model.model.memories.values())[i] for i in (0, -1))
+    values = first.v_proj(table)
     torch.testing.assert_close(values.mean(0), torch.zeros_like(values[0]), rtol=0, atol=1e-9)
-    assert values.std() > 1e-2
+    own = values.norm(dim=-1)
+    read = first.embedded(torch.arange(len(table)), table).unflatten(-1, (-1, first.head_dim))
+    for memory in (first, last):
+        read_by_queries = read.repeat_interleave(memory.num_heads // memory.num_key_value_heads, -2).flatten(-2)
+        logits = model.lm_head(memory.o_proj(read_by_queries))
+        logits = logits - logits.mean(-1, keepdim=True)
+        assert (logits.argmax(-1) == torch.arange(len(table))).all()
+        torch.testing.assert_close(logits.diagonal(), HEIGHT * own / own.mean(), rtol=0.02, atol=0)
+    unlike = F.normalize(table - table.mean(0), dim=-1) @ table.T
+    assert (unlike.argmax(-1) != torch.arange(len(table))).float().mean() > 0.2, "round enough: this shows nothing"
 
 
 @pytest.mark.parametrize("options", [{}, HEAD])

@@ -510,6 +510,25 @@ def parameters_of(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+@torch.no_grad()
+def test_a_run_that_starts_from_an_adapter_keeps_its_keys_and_gates_alone(make_reader, features):
+    def memories(addresses):
+        model = make_reader()
+        for memory in model.model.memories.values():
+            for parameter in memory.parameters():
+                parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        before = parameters_of(model)
+        prepare(model, features, addresses=addresses)
+        return {n for n, old in before.items() if not torch.equal(model.get_parameter(n), old)}, parameters_of(model)
+
+    (kept, started), (anew, calibrated) = memories(False), memories(True)
+    ways = ("v_proj.weight", "v_proj.bias", "o_proj.weight", "read_gate.scale")
+    assert kept == {name for name in anew if name.endswith(ways)}
+    assert len(kept) == 2 * len(ways)
+    assert all(torch.equal(started[name], calibrated[name]) for name in kept)
+    assert {name.split("memory.")[1] for name in anew - kept} > {"q_proj.weight", "k_proj.weight", "q_proj.bias"}
+
+
 @pytest.mark.parametrize("options", [{}, CONTEXT], ids=["conv", "context"])
 def test_only_what_reads_learns(make_reading, features, context_features, options):
     reading = make_reading(context_features if options else features, options)
@@ -518,7 +537,8 @@ def test_only_what_reads_learns(make_reading, features, context_features, option
     assert [entry["step"] for entry in shown] == [SETTINGS.steps]
     assert [*shown[0]] == ["stage", "step", "answers", "unknown", "plain text"]
     changed = {name for name, old in before.items() if not torch.equal(reading.model.get_parameter(name), old)}
-    assert changed == {n for n in before if ".memory." in n and ".write_gate." not in n}
+    fixed = (".write_gate.", ".v_proj.", ".o_proj.")
+    assert changed == {n for n in before if ".memory." in n and not any(part in n for part in fixed)}
     assert all(parameter.grad is None for parameter in reading.model.parameters())
 
 

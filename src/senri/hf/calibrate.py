@@ -20,15 +20,8 @@ from senri.layers import MemoryAttention
 
 RIDGE = 1e-3  # of the mean variance, added to every direction: keeps unseen directions from being blown up
 REPEAT_BEYOND = 1024  # tokens beyond the window that the passage read twice has
-BOOSTS = (
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-    6.0,
-    8.0,
-    12.0,
-)  # read gates tried: what a perfect recall adds to its token's logit, in nats
+HEIGHT = 20.0  # nats that a perfect recall adds to its token's logit where the read gate's scale is 1
+BOOSTS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # read gates tried, in such nats
 CHANCES = (0.0, 1.0)  # of the read gate
 
 
@@ -53,7 +46,7 @@ def calibrate(
     """Set the memory layers' projections from ``texts``.
 
     Keys and queries: one whitening map for both (so that equal states match), from the mean and covariance of the
-    layer's inputs. Values of the ``head`` read-out: token embeddings, centred. Its read gate: the one of a few that
+    layer's inputs. Values of the ``head`` read-out: see :func:`set_values`. Its read gate: the one of a few that
     predicts best on text of which half is new and half is repeated from beyond the window. The ``layer`` read-out
     keeps its zero-init output: it needs training to speak.
 
@@ -86,14 +79,15 @@ def calibrate(
 
 def _calibrate(model: SenriForCausalLM, statistics: Tensor, repeated: Tensor) -> CalibrationReport:
     inputs = _layer_inputs(model, statistics)
-    embeddings = F.embedding(statistics.to(model.device), model.model.embed_tokens.weight).double()
     memories = model.model.memories
     for index, hidden in inputs.items():
         if memories[index].writes:
-            set_projections(memories[index], hidden, embeddings)
+            set_addresses(memories[index], hidden)
             writer = index
         else:
             _match(memories[index], hidden, memories[writer], inputs[writer])
+    if model.config.memory_readout == "head":
+        set_values(model)
     gates: dict[int, float] = {}
     loss_without, loss_with = float("nan"), float("nan")
     if model.config.memory_readout == "head":
@@ -102,13 +96,39 @@ def _calibrate(model: SenriForCausalLM, statistics: Tensor, repeated: Tensor) ->
 
 
 @torch.no_grad()
-def set_projections(memory: MemoryAttention, hidden: Tensor, embeddings: Tensor) -> None:
-    """Whiten keys and queries by the layer's inputs ``[tokens, hidden]``, centre the ``head`` read-out's values on the
-    same tokens' ``embeddings``; both float64.
+def set_addresses(memory: MemoryAttention, hidden: Tensor) -> None:
+    """q_proj = k_proj = the whitening map of the layer's inputs ``hidden`` ``[tokens, hidden]``, float64.
+
+    Raises:
+        ValueError: memory heads together wider than the hidden size.
     """
-    _whiten(memory, hidden)
-    if memory.readout == "head":
-        memory.v_proj.bias.copy_(-memory.v_proj.weight.double() @ embeddings.mean(0))
+    weight, mean = _whitening(hidden, memory)
+    for linear, rows in ((memory.k_proj, weight), (memory.q_proj, memory.for_query_heads(weight))):
+        linear.weight.copy_(rows)
+        linear.bias.copy_(-rows @ mean)
+
+
+@torch.no_grad()
+def set_values(model: SenriForCausalLM) -> None:
+    """v_proj = the whitening map of all token embeddings, o_proj = its transpose: the way of a token through a memory
+    of the ``head`` read-out and back.
+
+    Embeddings are far from round: read as they are, a few that stand apart from all others gain from whatever is
+    recalled. Whitened, ``E_t C^-1 (E_s - mean)`` is large for ``t = s`` alone. Layers that only read a memory take the
+    map of the one that writes it.
+
+    Raises:
+        ValueError: memory heads together wider than the hidden size.
+    """
+    embeddings = model.model.embed_tokens.weight.double()
+    for memory in model.model.memories.values():
+        if memory.writes:
+            weight, mean = _whitening(embeddings, memory)
+            memory.v_proj.weight.copy_(weight)
+            memory.v_proj.bias.copy_(-weight @ mean)
+            own = ((embeddings - mean) @ weight.mT).norm(dim=-1).mean()
+        groups = memory.num_heads // memory.num_key_value_heads
+        memory.o_proj.weight.copy_(memory.for_query_heads(weight).mT * (HEIGHT / own / groups))
 
 
 def _token_ids(texts: Any, tokenizer: Any, limit: int) -> Tensor:
@@ -139,23 +159,19 @@ def _layer_inputs(model: SenriForCausalLM, ids: Tensor) -> dict[int, Tensor]:
     return {index: torch.cat(parts) for index, parts in seen.items()}
 
 
-def _whiten(memory: MemoryAttention, hidden: Tensor) -> None:
-    """q_proj = k_proj = the whitening map of ``hidden`` ``[tokens, hidden]``, spread evenly over the heads."""
+def _whitening(x: Tensor, memory: MemoryAttention) -> tuple[Tensor, Tensor]:
+    """Of the rows of ``x`` ``[N, hidden]`` the map to the memory's keys or values ``[H * D, hidden]``, and the mean."""
     width = memory.num_key_value_heads * memory.head_dim
-    if width > hidden.shape[1]:
-        raise ValueError(f"memory heads of {width} together are wider than the hidden size {hidden.shape[1]}")
-    mean = hidden.mean(0)
-    covariance = (hidden - mean).mT @ (hidden - mean) / len(hidden)
-    variance, directions = torch.linalg.eigh(covariance)
+    if width > x.shape[1]:
+        raise ValueError(f"memory heads of {width} together are wider than the hidden size {x.shape[1]}")
+    mean = x.mean(0)
+    variance, directions = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
     variance, directions = variance.flip(0), directions.flip(1)  # largest first
     scale = (variance + RIDGE * variance.mean()).rsqrt()
     rows = (directions * scale).mT[:width]
     # every head gets directions of all sizes, not one head the largest ones
     rows = rows.unflatten(0, (memory.head_dim, memory.num_key_value_heads)).transpose(0, 1)  # [H, D, hidden]
-    keys = rows.flatten(0, 1)
-    for linear, weight in ((memory.k_proj, keys), (memory.q_proj, memory.for_query_heads(keys))):
-        linear.weight.copy_(weight)
-        linear.bias.copy_(-weight @ mean)
+    return rows.flatten(0, 1), mean
 
 
 def _match(memory: MemoryAttention, hidden: Tensor, writer: MemoryAttention, written: Tensor) -> None:
@@ -193,7 +209,7 @@ def _choose_read_gates(model: SenriForCausalLM, ids: Tensor) -> tuple[dict[int, 
         chosen[index], said = 0.0, torch.zeros_like(trunk)
         for chance in chances:
             for boost in BOOSTS:
-                gate = boost / float(model.lm_head.weight.float().norm(dim=-1).mean())
+                gate = boost / HEIGHT
                 loss = _loss(model, trunk + gate * reads[chance][index], target)
                 if loss < best:
                     best, chosen[index], said = loss, gate, gate * reads[chance][index]

@@ -51,7 +51,8 @@ def train_on_features(
 
     Args:
         model: converted, float32; trained in place.
-        calibrates: whether the memory's projections are set anew, from the features, and its write gate begins anew.
+        calibrates: whether keys and queries are set anew, from the features, and the write gate begins anew. The way
+            of a value through the memory is set anew always.
         dtype: that the base reads the pages in; the memory learns in float32.
         probed: held-out pages to look at every ``probe_steps``, and at the end.
 
@@ -77,8 +78,7 @@ def train_on_features(
         show(entry)
 
     try:
-        if calibrates:
-            prepare(model, features)
+        prepare(model, features, addresses=calibrates)
         gates = {str(i): memory.write_gate for i, memory in model.model.memories.items()}
         if (folder / GATES).is_file():
             for i, weights in torch.load(folder / GATES, weights_only=True).items():

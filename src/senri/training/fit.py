@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from senri.hf.calibrate import set_projections
+from senri.hf.calibrate import set_addresses, set_values
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.layers import MemoryAttention, WriteGate, taps_of
 from senri.training.features import AskedFeatures, Features
@@ -26,7 +26,7 @@ POSITIVES, NEGATIVES, HARD = 512, 4096, 1024  # tokens of one step of the write 
 SILENT = 64  # tokens of plain text in a text's loss: the memory must not disturb them
 VOCABULARY = 8192  # most frequent tokens, beside all that answers hold, over which the loss is taken
 STATISTICS = 65536  # tokens that the projections are calibrated on
-SCALE = 5.0  # of the read at first: a token that is recalled gains some 5 nats times its embedding's norm
+SCALE = 1.5  # of the read at first: all memories together add 1.5 times calibration's HEIGHT to a recalled token
 ANSWERS = 128  # answer tokens of one text at most
 ADDRESS_WEIGHT = 1.0  # of finding the slot that holds an answer's token, where there are slots
 UNKNOWN_WEIGHT = 2.0  # of straying from the base where the memory has no answer
@@ -64,14 +64,20 @@ def check_model(model: SenriForCausalLM) -> None:
 
 
 @torch.no_grad()
-def prepare(model: SenriForCausalLM, features: Features) -> None:
-    """Step zero: calibrate the projections on the features, and let the memory speak where it finds something."""
+def prepare(model: SenriForCausalLM, features: Features, *, addresses: bool = True) -> None:
+    """Step zero: calibrate the projections on the features, and let the memory speak where it finds something.
+
+    Args:
+        addresses: set keys and queries, too; else they stay what they are, and only the way of a value through the
+            memory and its height are set.
+    """
     every = max(len(features.ids) // STATISTICS, 1)
-    embeddings = F.embedding(features.ids[::every], model.model.embed_tokens.weight).double()
+    set_values(model)
     for index, memory in model.model.memories.items():
-        set_projections(memory, features.hidden[index][::every].double(), embeddings)
-        memory.read_gate.reset_parameters()
-        memory.read_gate.scale.fill_(SCALE)
+        if addresses:
+            set_addresses(memory, features.hidden[index][::every].double())
+            memory.read_gate.reset_parameters()
+        memory.read_gate.scale.fill_(SCALE / len(model.model.memories))
 
 
 def fit_write_gates(
@@ -186,7 +192,7 @@ class Text(NamedTuple):
 
 
 class Reading:
-    """The second stage: keys, queries, values, read-out and read gate, under a write gate that stands.
+    """The second stage: keys, queries and read gate, under a write gate that stands.
 
     A text is a few pages in any order. Its pairs are written, in order, by the model's own scan; then its questions are
     asked.
@@ -249,11 +255,13 @@ class Reading:
         return made
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """What learns: ``gates`` (read gates, convolutions, biases by distance) and ``rest``."""
+        """What learns: ``gates`` (read gates, convolutions, biases by distance) and ``rest``. Not the way of a value
+        through the memory: calibration's loses nothing, a learned one serves the tokens that training asked for.
+        """
         groups: dict[str, list[nn.Parameter]] = {"rest": [], "gates": []}
         for memory in self.model.model.memories.values():
             for name, parameter in memory.named_parameters():
-                if not name.startswith("write_gate."):
+                if not name.startswith(("write_gate.", "v_proj.", "o_proj.")):
                     quick = name.startswith(("read_gate.", "slot_gate.")) or name.endswith(("_conv", "context.bias"))
                     groups["gates" if quick else "rest"].append(parameter)
         return groups
