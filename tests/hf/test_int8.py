@@ -1,14 +1,17 @@
 """Decoding with weights in eight bits: what it loses, when it is taken, and that the full weights stay as they are."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
+import senri.hf.int8_decoder as int8_decoder
 import senri.hf.model as hf_model
 from senri import convert_to_senri, load_base
 from senri.hf.int8_decoder import MOST_ROWS
 from senri.layers.int8_kernels import GROUP
+from senri.layers.packed_linear import has_products
 
 HEAD = {"memory_readout": "head", "update_rule": "slot", "memory_context_size": 5, "sliding_window_size": 8}
 SOFT = {"num_memory_layers": 0}  # takes embeddings for tokens
@@ -103,6 +106,23 @@ def test_int8_takes_them_always(make, tokens, calls):
     expected, ours = (one_by_one(make(name, levels=False), ids) for name in ("full", "int8"))
     assert len(calls) == 19
     assert 0.002 < (ours - expected).norm() / expected.norm() < 0.1, "weights that are on no levels lose something"
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_goes_through_them_too(make, tokens, calls, monkeypatch):
+    """Here on any processor; else on one that has bfloat16 products."""
+    monkeypatch.setattr(int8_decoder, "fuses", lambda x: True)
+    monkeypatch.setattr(int8_decoder, "fusable", lambda layer, x: True)
+    ids = tokens(2, 30)
+    expected = one_by_one(make("full", levels=True), ids)
+    off = {}
+    for name in ("full", "int8"):
+        model = make(name, levels=True).bfloat16()
+        found = one_by_one(model, ids)
+        assert found.dtype == torch.bfloat16
+        off[name] = ((found - expected).norm() / expected.norm()).item()
+    assert len(calls) == 29
+    assert off["int8"] < 1.5 * off["full"] < 0.04
 
 
 @torch.no_grad()
@@ -207,7 +227,7 @@ def test_states_and_positions_of_other_shapes(make, tokens, calls):
         model = make(name, levels=True, senri={"num_sink_tokens": 0})
         half = model.bfloat16()(ids).past_key_values
         found.append(model.float()(ids[:, :1], past_key_values=half).logits)
-    assert len(calls) == 1, "positions for all rows; not a window in bfloat16"
+    assert len(calls) == 1, "positions for all rows; not a window of another dtype"
     torch.testing.assert_close(found[2], found[0], rtol=0.05, atol=0.05)
     torch.testing.assert_close(found[3], found[1], rtol=0.05, atol=0.05)
 
@@ -279,14 +299,16 @@ def test_a_copy_has_weights_of_its_own(make, tokens):
 @torch.no_grad()
 def test_the_base_that_ships_loses_nothing(real_ids, calls):
     """Its weights are on such levels: token by token answers are nearer to float32's than bfloat16's."""
-    ids = real_ids(100_000, 120)
-    found = {}
-    for name in ("full", "auto"):
-        model, _ = load_base("float32", decoding_weights=name)
+    ids, found = real_ids(100_000, 120), {}
+    half = ["bfloat16"] if has_products() else []
+    for kind in itertools.product(["float32", *half], ["full", "auto"]):
+        model, _ = load_base(kind[0], decoding_weights=kind[1])
         cache = model(ids[:, :80]).past_key_values
-        found[name] = torch.cat(
-            [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(80, ids.shape[1])], 1
-        ).log_softmax(-1)
-    assert len(calls) == 40
-    kl = (found["full"].exp() * (found["full"] - found["auto"])).sum(-1)
-    assert kl.mean() < 3e-4  # seen: 0.00006; bfloat16's is 0.0009
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(80, ids.shape[1])]
+        found[kind] = torch.cat(steps, 1).float().log_softmax(-1)
+    assert len(calls) == 40 * (1 + len(half))
+    full = found.pop(("float32", "full"))
+    kl = {kind: (full.exp() * (full - logits)).sum(-1).mean().item() for kind, logits in found.items()}
+    assert kl["float32", "auto"] < 3e-4, kl  # seen: 0.00006
+    if half:
+        assert kl["bfloat16", "auto"] < kl["bfloat16", "full"] < 3e-3, kl

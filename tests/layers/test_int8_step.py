@@ -105,8 +105,10 @@ def test_bytes_of_a_weight():
 class Stack:
     """Layers, a window, and what they should give."""
 
-    def __init__(self, rows, seen, sinks, *, size=64, heads=4, kv_heads=2, width=32, inner=96, depth=2):
-        self.heads, self.kv_heads, self.width = heads, kv_heads, width
+    def __init__(
+        self, rows, seen, sinks, *, size=64, heads=4, kv_heads=2, width=32, inner=96, depth=2, dtype=torch.float32
+    ):
+        self.heads, self.kv_heads, self.width, self.dtype = heads, kv_heads, width, dtype
         make = lambda i, o: linear(i, o, bias=True)  # noqa: E731
         self.layers = [
             Int8Layer(
@@ -122,10 +124,12 @@ class Stack:
             torch.randn(rows, 1, size),
             (torch.randn(rows, 1, width), torch.randn(rows, 1, width)),
         )
-        rooms = [torch.randn(rows, kv_heads, seen + 9, width) for _ in range(2 * depth)]
+        rooms = [torch.randn(rows, kv_heads, seen + 9, width).to(dtype) for _ in range(2 * depth)]
         windows = [room[:, :, 5 : 5 + seen] for room in rooms]
         self.windows = list(zip(windows[::2], windows[1::2], strict=True))
-        self.sinks = [tuple(torch.randn(rows, kv_heads, sinks, width) for _ in range(2)) for _ in range(depth)]
+        self.sinks = [
+            tuple(torch.randn(rows, kv_heads, sinks, width).to(dtype) for _ in range(2)) for _ in range(depth)
+        ]
 
     def by_definition(self, with_sinks):
         hidden, normed, new = self.hidden.double(), [], []
@@ -146,7 +150,7 @@ class Stack:
             normed.append(x)
             qkv = product(layer.qkv, x).unflatten(-1, (-1, self.width))
             raw, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], 2)
-            k, v = turned(k).transpose(1, 2), v.transpose(1, 2)
+            k, v = (x.transpose(1, 2).to(self.dtype).double() for x in (turned(k), v))
             new.append((k, v))
             every = [torch.cat([old.double()[:, :, :-1], x], 2) for old, x in ((keys, k), (values, v))]
             queries = torch.cat([turned(raw)] * every[0].shape[2], 1)
@@ -162,21 +166,41 @@ class Stack:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize(("rows", "seen"), [(1, 1), (1, PART), (2, PART + 1), (4, 3 * PART + 7)])
-def test_layers_against_their_definition(rows, seen, with_sinks):
-    stack = Stack(rows, seen, sinks=2)
+def test_layers_against_their_definition(rows, seen, with_sinks, dtype):
+    stack = Stack(rows, seen, sinks=2, dtype=dtype)
     before = [x.clone() for window in stack.windows for x in window]
     expected, normed, new = stack.by_definition(with_sinks)
     layers = Int8Layers(stack.layers, EPSILON)
     out, found = layers(stack.hidden, stack.rotary, stack.windows, stack.sinks if with_sinks else None)
     for ours, theirs in ((out, expected), (found, normed)):
         assert ours.shape == theirs.shape
-        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+        assert (ours - theirs).norm() < (1e-4 if dtype == torch.float32 else 5e-4) * theirs.norm()
     for window, made, old in zip(stack.windows, new, zip(before[::2], before[1::2], strict=True), strict=True):
         for now, column, then in zip(window, made, old, strict=True):
-            assert (now[:, :, -1:] - column).norm() < 1e-4 * column.norm(), "its own key and value are in the window"
+            own = now[:, :, -1:]
+            if dtype == torch.float32:
+                assert (own - column).norm() < 1e-4 * column.norm(), "its own key and value are in the window"
+            else:  # the nearest number, but for one that lies between two
+                assert (own != column).float().mean() < 0.2
+                assert (own - column).norm() < 5e-3 * column.norm()
             assert torch.equal(now[:, :, :-1], then[:, :, :-1])
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_gets_what_a_float32_one_would_rounded():
+    stack = Stack(2, 40, sinks=1, dtype=torch.bfloat16)
+    layers, found = Int8Layers(stack.layers, EPSILON), []
+    stack.hidden, stack.rotary = stack.hidden.bfloat16(), tuple(x.bfloat16() for x in stack.rotary)
+    for dtype in (torch.float32, torch.bfloat16):
+        rotary = tuple(x.to(dtype) for x in stack.rotary)
+        found.append(layers(stack.hidden.to(dtype), rotary, stack.windows, stack.sinks))
+        assert all(x.dtype == dtype for x in found[-1])
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(*found, strict=True))
+    product, x = stack.layers[0].o, torch.randn(3, 128).bfloat16()
+    assert torch.equal(product(x), product(x.float()).bfloat16())
 
 
 @torch.no_grad()

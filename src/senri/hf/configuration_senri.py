@@ -110,10 +110,11 @@ class SenriConfig(LlamaConfig):
         memory_context_size: tokens whose attention makes each key and query, instead of the convolution; 0 for none.
         unigram_cache: whether logits are rescaled by how often each token has left the window.
         write_gate: `none` | `hidden` | `surprise` (needs tied embeddings).
-        decoding_weights: for a float32 model's single tokens, on a CPU without gradients. `full`: as they are; `int8`:
-            in eight bits, 32 to a scale and an offset, all layers in one compiled call; `auto`: that, if the weights
-            were made of such levels (a GGUF file in Q4_1 or Q8_0) and nothing is lost. Saved and trained is what is
-            full. What was computed token by token is then equal to rounding of such weights, no longer to 1e-4.
+        decoding_weights: for single tokens, on a CPU without gradients, in float32 or a bfloat16 that the processor has
+            products for. `full`: as they are; `int8`: in eight bits, 32 to a scale and an offset, all layers in one
+            compiled call; `auto`: that, if the weights were made of such levels (a GGUF file in Q4_1 or Q8_0) and
+            nothing is lost. Saved and trained is what is full. What was computed token by token is then equal to
+            rounding of such weights, no longer to 1e-4.
         qkv_bias: biases on the attention's q, k, v only (Qwen2).
 
     Raises:

@@ -46,9 +46,9 @@ def int8_layers(model: SenriModel, hidden: Tensor) -> Int8Layers | None:
 
 
 def is_next(hidden: Tensor) -> bool:
-    """Whether ``hidden`` is one token a row of a few, in float32 on a CPU, without gradients."""
+    """Whether ``hidden`` is one token a row of a few, on a CPU, without gradients, in a dtype that it is fast in."""
     few = hidden.shape[1] == 1 and len(hidden) <= MOST_ROWS
-    return few and hidden.dtype == torch.float32 and not torch.is_grad_enabled() and fuses(hidden)
+    return few and not torch.is_grad_enabled() and fuses(hidden)
 
 
 def int8_head(head: nn.Linear, wanted: str) -> Int8Linear | None:
@@ -65,12 +65,12 @@ def next_token(
 
     Returns:
         their output, each one's normalised input ``[L, B, 1, hidden]`` and the states with the new windows; None where
-        a row's token is a sink or does not see all that its window holds, or the state is not float32 on a CPU.
+        a row's token is a sink or does not see all that its window holds, or the state is of another dtype or device.
     """
     block = plan.window[0]
     if plan.new_sinks is not None or block.mask is not None or not states[0].keys.shape[2]:
         return None
-    if any(x.dtype != torch.float32 or x.device.type != "cpu" for state in states for x in state[:4]):
+    if any(x.dtype != hidden.dtype or x.device != hidden.device for state in states for x in state[:4]):
         return None
     keys, kept_keys = zip(*(reserve(state.keys, 1, window - 1) for state in states), strict=True)
     values, kept_values = zip(*(reserve(state.values, 1, window - 1) for state in states), strict=True)

@@ -99,6 +99,16 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def _pointer_to_bfloat16(typing_context: Any, address: Any) -> Any:
+    """To the bits of such numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(16).as_pointer())
+
+    return types.CPointer(types.uint16)(types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def _from_bits(typing_context: Any, bits: Any) -> Any:
     """The float32 number that has these bits."""
 
@@ -106,6 +116,16 @@ def _from_bits(typing_context: Any, bits: Any) -> Any:
         return builder.bitcast(arguments[0], _FLOAT)
 
     return types.float32(types.int32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _bits(typing_context: Any, number: Any) -> Any:
+    """Of a float32 number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _INT)
+
+    return types.uint32(types.float32), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -140,39 +160,56 @@ def _dot_of_groups(typing_context: Any, blocks: Any, x: Any, x_scale: Any, sums:
     return types.float32(*[types.int64] * 5), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _dot(typing_context: Any, a: Any, b: Any, vectors: Any) -> Any:
-    """Of two rows at these addresses, of 32 numbers times ``vectors``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def body(index: Any, carried: Sequence[Any]) -> Sequence[Any]:
-            row = ir.VectorType(_FLOAT, GROUP)
-            a, b = (_load(builder, address, index, 4 * GROUP, row, 4) for address in arguments[:2])
-            return [_plus_product(builder, carried[0], a, b)]
-
-        (total,) = _loop(builder, arguments[2], [_zeros(GROUP)], body)
-        return _add_up(builder, total, ir.Constant(_FLOAT, 0.0))
-
-    return types.float32(*[types.int64] * 3), generate
+def _numbers(builder: Any, base: Any, index: Any, size: Any, half: bool) -> Any:
+    """32 of them ``index`` times ``size`` bytes behind ``base``, in float32; ``half``: they are in bfloat16."""
+    if not half:
+        return _load(builder, base, index, size, ir.VectorType(_FLOAT, GROUP), 4)
+    whole, bits = (ir.VectorType(ir.IntType(width), GROUP) for width in (32, 16))
+    upper = builder.zext(_load(builder, base, index, size, bits, 2), whole)
+    return builder.bitcast(builder.shl(upper, ir.Constant(whole, [16] * GROUP)), ir.VectorType(_FLOAT, GROUP))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _weighted_sum(typing_context: Any, weights: Any, rows: Any, stride: Any, count: Any, out: Any) -> Any:
-    """Of the first 32 numbers of ``count`` rows, ``stride`` bytes from one to the next; all others are addresses."""
+def _dot_with(half: bool) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def dot(typing_context: Any, a: Any, b: Any, vectors: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            def body(index: Any, carried: Sequence[Any]) -> Sequence[Any]:
+                a = _numbers(builder, arguments[0], index, 4 * GROUP, False)
+                b = _numbers(builder, arguments[1], index, (2 if half else 4) * GROUP, half)
+                return [_plus_product(builder, carried[0], a, b)]
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        weights, rows, stride, count, out = arguments
-        kind = ir.VectorType(_FLOAT, GROUP)
+            (total,) = _loop(builder, arguments[2], [_zeros(GROUP)], body)
+            return _add_up(builder, total, ir.Constant(_FLOAT, 0.0))
 
-        def body(index: Any, carried: Sequence[Any]) -> Sequence[Any]:
-            weight = _spread(builder, _load(builder, weights, index, 4, _FLOAT, 4), GROUP)
-            return [_plus_product(builder, carried[0], weight, _load(builder, rows, index, stride, kind, 4))]
+        return types.float32(*[types.int64] * 3), generate
 
-        (total,) = _loop(builder, count, [_zeros(GROUP)], body)
-        builder.store(total, builder.inttoptr(out, kind.as_pointer()), align=4)
-        return context.get_dummy_value()
+    return dot
 
-    return types.void(*[types.int64] * 5), generate
+
+def _weighted_sum_with(half: bool) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def weighted_sum(typing_context: Any, weights: Any, rows: Any, stride: Any, count: Any, out: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            weights, rows, stride, count, out = arguments
+
+            def body(index: Any, carried: Sequence[Any]) -> Sequence[Any]:
+                weight = _spread(builder, _load(builder, weights, index, 4, _FLOAT, 4), GROUP)
+                return [_plus_product(builder, carried[0], weight, _numbers(builder, rows, index, stride, half))]
+
+            (total,) = _loop(builder, count, [_zeros(GROUP)], body)
+            builder.store(total, builder.inttoptr(out, total.type.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 5), generate
+
+    return weighted_sum
+
+
+# Of a row in float32 and one in float32 or bfloat16 at these addresses, of 32 numbers times the third argument.
+_dot, _dot_half = (_dot_with(half) for half in (False, True))
+# Of the first 32 numbers of rows (addresses of weights and rows, bytes from one row to the next, their number) to an
+# address.
+_weighted_sum, _weighted_sum_half = (_weighted_sum_with(half) for half in (False, True))
 
 
 @njit(**_COMPILED)  # type: ignore[untyped-decorator]
@@ -260,16 +297,33 @@ def _rotate(x, cos, sin, out):  # type: ignore[no-untyped-def]
 
 
 @njit(**_COMPILED)  # type: ignore[untyped-decorator]
-def _attend(query, keys, values, out, most, total):  # type: ignore[no-untyped-def]
-    """Of queries ``[G, D]`` that share keys and values ``[n, D]``: sums of values times exp(score - most) to ``out``
-    ``[G, D]``, the greatest scores to ``most`` and the sums of the exponentials to ``total``, ``[G]``.
+def _put(row, address, half):  # type: ignore[no-untyped-def]
+    """A row ``[D]`` to where it is kept, in bfloat16 if ``half``: the nearest, of two equally near the even one."""
+    if half:
+        kept = carray(_pointer_to_bfloat16(address), len(row))
+        for d in range(len(row)):
+            bits = _bits(row[d])
+            kept[d] = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    else:
+        same = carray(_pointer(address), len(row))
+        for d in range(len(row)):
+            same[d] = row[d]
+
+
+@njit(**_COMPILED)  # type: ignore[untyped-decorator]
+def _attend(query, keys, values, count, half, out, most, total):  # type: ignore[no-untyped-def]
+    """Of queries ``[G, D]`` that share keys and values, addresses of ``[count, D]`` in float32 or, if ``half``,
+    bfloat16: sums of values times exp(score - most) to ``out`` ``[G, D]``, the greatest scores to ``most`` and the sums
+    of the exponentials to ``total``, ``[G]``.
     """
-    group, width, count = len(query), query.shape[1], len(keys)
-    scale, vectors, row = np.float32(1 / math.sqrt(width)), width // GROUP, 4 * width
+    group, width = len(query), query.shape[1]
+    scale, vectors = np.float32(1 / math.sqrt(width)), width // GROUP
+    size = 2 if half else 4
     scores = np.empty((group, count), np.float32)
     for p in range(count):
         for g in range(group):
-            scores[g, p] = scale * _dot(_address(query) + g * row, _address(keys) + p * row, vectors)
+            asked, key = _address(query) + g * 4 * width, keys + p * size * width
+            scores[g, p] = scale * (_dot_half(asked, key, vectors) if half else _dot(asked, key, vectors))
     for g in range(group):
         weights, greatest, added = scores[g], scores[g, 0], np.float32(0)
         for p in range(len(weights)):
@@ -279,8 +333,11 @@ def _attend(query, keys, values, out, most, total):  # type: ignore[no-untyped-d
             added += weights[p]
         most[g], total[g] = greatest, added
         for i in range(vectors):
-            at = 4 * GROUP * i
-            _weighted_sum(_address(weights), _address(values) + at, row, count, _address(out) + g * row + at)
+            to, rows = _address(out) + 4 * (g * width + GROUP * i), values + size * GROUP * i
+            if half:
+                _weighted_sum_half(_address(weights), rows, size * width, count, to)
+            else:
+                _weighted_sum(_address(weights), rows, size * width, count, to)
 
 
 @njit(**_COMPILED)  # type: ignore[untyped-decorator]
@@ -309,16 +366,18 @@ def layers(addresses, table, shape, epsilon):  # type: ignore[no-untyped-def]
             ``[L, B, C]``, which are written; of cos and sin ``[B, D]``.
         table: ``[L, 16]`` int64, of each layer the addresses of blocks and biases of its four products, of its norms'
             weights, of keys and values ``[B, Hkv, room, D]``, their two rooms, and of the sinks' keys and values.
-        shape: B, C, inner size, H, Hkv, D, keys that are seen, and S: 0 where no sinks are.
+        shape: B, C, inner size, H, Hkv, D, keys that are seen, S: 0 where no sinks are, and 1 where keys and values are
+            in bfloat16, the sinks', too; else 0.
     """
-    rows, size, inner, heads, kv_heads, width, seen, num_sinks = shape
+    rows, size, inner, heads, kv_heads, width, seen, num_sinks, half = shape
+    row = (2 if half else 4) * width  # bytes of a key
     hidden = carray(_pointer(addresses[0]), (rows, size))
     all_normed = carray(_pointer(addresses[1]), (len(table), rows, size))
     cos, sin = carray(_pointer(addresses[2]), (rows, width)), carray(_pointer(addresses[3]), (rows, width))
     group, parts = heads // kv_heads, (seen + PART - 1) // PART
     sinks = 1 if num_sinks else 0  # a part of their own
     qkv = np.empty((rows, (heads + 2 * kv_heads) * width), np.float32)
-    query = np.empty((rows, heads, width), np.float32)
+    query, own = np.empty((rows, heads, width), np.float32), np.empty(width, np.float32)
     found = np.empty((rows, kv_heads, sinks + parts, group, width), np.float32)
     most = np.empty((rows, kv_heads, sinks + parts, group), np.float32)
     total = np.empty((rows, kv_heads, sinks + parts, group), np.float32)
@@ -328,8 +387,6 @@ def layers(addresses, table, shape, epsilon):  # type: ignore[no-untyped-def]
         of = table[layer]
         qkv_weights, o_weights = (of[0], of[1]), (of[2], of[3])
         gate_up_weights, down_weights = (of[4], of[5]), (of[6], of[7])
-        keys = carray(_pointer(of[10]), (rows, kv_heads, of[12], width))
-        values = carray(_pointer(of[11]), (rows, kv_heads, of[13], width))
         normed = all_normed[layer]
         _rms_norm(hidden, carray(_pointer(of[8]), size), epsilon, normed)
         x = _rounded(normed)
@@ -341,23 +398,24 @@ def layers(addresses, table, shape, epsilon):  # type: ignore[no-untyped-def]
             for h in range(heads):
                 _rotate(raw[b, h], cos[b], sin[b], query[b, h])
             for h in range(kv_heads):
-                _rotate(raw[b, heads + h], cos[b], sin[b], keys[b, h, seen - 1])
-                for d in range(width):
-                    values[b, h, seen - 1, d] = raw[b, heads + kv_heads + h, d]
+                _rotate(raw[b, heads + h], cos[b], sin[b], own)
+                _put(own, of[10] + ((b * kv_heads + h) * of[12] + seen - 1) * row, half)
+                _put(raw[b, heads + kv_heads + h], of[11] + ((b * kv_heads + h) * of[13] + seen - 1) * row, half)
         for i in prange(rows * kv_heads * parts):
             b, h, part = i // parts // kv_heads, i // parts % kv_heads, i % parts
             first, last, place = part * PART, min((part + 1) * PART, seen), sinks + part
             _attend(
-                query[b, h * group : (h + 1) * group], keys[b, h, first:last], values[b, h, first:last],
-                found[b, h, place], most[b, h, place], total[b, h, place],
+                query[b, h * group : (h + 1) * group],
+                of[10] + ((b * kv_heads + h) * of[12] + first) * row,
+                of[11] + ((b * kv_heads + h) * of[13] + first) * row,
+                last - first, half, found[b, h, place], most[b, h, place], total[b, h, place],
             )  # fmt: skip
         for b in range(rows):
             for h in range(kv_heads):
                 if sinks:
-                    sink_keys = carray(_pointer(of[14]), (rows, kv_heads, num_sinks, width))
-                    sink_values = carray(_pointer(of[15]), (rows, kv_heads, num_sinks, width))
+                    behind = (b * kv_heads + h) * num_sinks * row
                     _attend(
-                        raw[b, h * group : (h + 1) * group], sink_keys[b, h], sink_values[b, h],
+                        raw[b, h * group : (h + 1) * group], of[14] + behind, of[15] + behind, num_sinks, half,
                         found[b, h, 0], most[b, h, 0], total[b, h, 0],
                     )  # fmt: skip
                 for g in range(group):

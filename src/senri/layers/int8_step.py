@@ -2,8 +2,8 @@
 
 A single token's time is that of reading the weights, and of what lies between the products: in PyTorch some thirty
 calls a layer, most of which take longer to begin than to do. Here numba compiles them (``int8_kernels.py``); its
-threads meet five times a layer. All arithmetic is float32; the weights are the nearest of 256 levels a group
-(:class:`Int8Linear`).
+threads meet five times a layer. All arithmetic is float32, of a bfloat16 model, too; the weights are the nearest of 256
+levels a group (:class:`Int8Linear`).
 
 Shapes: ``L`` layers, ``B`` rows, ``C`` hidden size, ``H`` query heads, ``Hkv`` key heads, ``D`` head width, ``P`` past
 tokens, ``S`` sinks, ``R`` rows of a weight, ``N`` groups of a row.
@@ -59,13 +59,13 @@ class Int8Linear:
         return all(x.in_features % GROUP == 0 for x in layers)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` ``[..., in]`` -> ``[..., sum of out]``, both float32 on a CPU, without a gradient."""
+        """``x`` ``[..., in]`` -> ``[..., sum of out]`` of the same dtype, on a CPU, without a gradient."""
         _set_threads()
-        x, out = x.contiguous(), x.new_empty(*x.shape[:-1], len(self.bias))
+        whole, out = x.float().contiguous(), x.new_empty(*x.shape[:-1], len(self.bias), dtype=torch.float32)
         int8_kernels.linear(
-            self.addresses, x.data_ptr(), out.data_ptr(), out[..., 0].numel(), x.shape[-1], out.shape[-1]
+            self.addresses, whole.data_ptr(), out.data_ptr(), out[..., 0].numel(), x.shape[-1], out.shape[-1]
         )
-        return out
+        return out.to(x.dtype)
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, float]:
@@ -137,7 +137,7 @@ class Int8Layers:
         windows: Sequence[tuple[Tensor, Tensor]],
         sinks: Sequence[tuple[Tensor, Tensor]] | None,
     ) -> tuple[Tensor, Tensor]:
-        """All tensors are float32.
+        """Windows and sinks are all float32 or all bfloat16.
 
         Args:
             hidden: ``[B, 1, C]``.
@@ -148,7 +148,8 @@ class Int8Layers:
                 before its rotation.
 
         Returns:
-            the last layer's output ``[B, 1, C]``, and all layers' normalised inputs ``[L, B, 1, C]``.
+            the last layer's output ``[B, 1, C]``, and all layers' normalised inputs ``[L, B, 1, C]``; ``hidden``'s
+            dtype.
         """
         _set_threads()
         rows, kv_heads, seen, width = windows[0][0].shape
@@ -158,13 +159,14 @@ class Int8Layers:
         if sinks is not None:
             num_sinks = sinks[0][0].shape[2]
             table[:, 14:] = [(keys.data_ptr(), values.data_ptr()) for keys, values in sinks]
-        out = hidden.clone(memory_format=torch.contiguous_format)
+        out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         normed = out.new_empty(len(table), *out.shape)
-        inputs = [out, normed, *(x.expand(rows, -1, -1).contiguous() for x in rotary)]
+        inputs = [out, normed, *(x.float().expand(rows, -1, -1).contiguous() for x in rotary)]
         heads = len(self.layers[0].qkv.bias) // width - 2 * kv_heads
-        shape = (rows, out.shape[2], self.inner, heads, kv_heads, width, seen, num_sinks)
+        half = int(windows[0][0].dtype == torch.bfloat16)
+        shape = (rows, out.shape[2], self.inner, heads, kv_heads, width, seen, num_sinks, half)
         int8_kernels.layers(tuple(x.data_ptr() for x in inputs), table, shape, self.epsilon)
-        return out, normed
+        return out.to(hidden.dtype), normed.to(hidden.dtype)
 
 
 def _set_threads() -> None:
