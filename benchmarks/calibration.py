@@ -16,7 +16,7 @@ import transformers
 
 from senri import SenriForCausalLM, load_base
 from senri.data import iter_bible, iter_pieces, iter_tokens
-from senri.hf.calibrate import calibrate
+from senri.hf.calibrate import HEIGHT, calibrate
 
 START = 400_000  # tokens into the text: Psalms and after, less known by heart than Genesis
 PAIRS = (256, 512, 1024, 2048)  # pairs in memory between the two readings of a token
@@ -65,8 +65,9 @@ def main() -> None:
                 memory.reset_parameters()
                 if variant == "calibrated":
                     memory.load_state_dict(calibrated)
-                if variant == "uncalibrated":
-                    memory.read_gate.scale.data.copy_(calibrated["read_gate.scale"])
+                if variant == "uncalibrated":  # as loud: its values are no whitened ones
+                    loud = HEIGHT / model.lm_head.weight.float().norm(dim=-1).mean()
+                    memory.read_gate.scale.data.copy_(calibrated["read_gate.scale"] * loud)
                 accuracy, loss = second_reading(model, ids, pairs)
                 cells.append(f"{accuracy:.1%}, {loss:.2f}")
             print(f"| {rule} | {pairs} | {pairs - 1} | " + " | ".join(cells) + " |", flush=True)

@@ -315,7 +315,7 @@ def collect(paths: list[str]) -> tuple[Callable[[str, Tensor], Tensor], Tensor, 
     other = tokens(documents[0].text, CALIBRATION)
     states = hidden(other.view(-1, 1024)).flatten(0, 1)
     calibrated = MemoryAttention(states.shape[1], 1, 1, states.shape[1], window=0)
-    set_addresses(calibrated, states.double())
+    set_addresses(calibrated, states)
     raw = orthogonal_basis("random", states.shape[1])
     loud = (states @ raw.T).square().mean().sqrt()  # as large as the calibrated ones
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from senri.hf.calibrate import HEIGHT, RIDGE, calibrate
+import senri.hf.calibrate as calibration
+from senri.hf.calibrate import HEIGHT, RIDGE, calibrate, set_values
 from senri.hf.convert import convert_to_senri
+from senri.layers.memory_attention import STRAY
 
 HEAD = {"memory_readout": "head", "update_rule": "delta_token", "memory_conv_size": 2, "num_memory_layers": 1}
 SLOT = {**HEAD, "update_rule": "slot", "write_gate": "hidden", "memory_conv_size": 0, "memory_context_size": 4}
@@ -65,37 +67,63 @@ def test_keys_are_centred_and_white(make_senri, tokens, options):
 
 
 WHOLE = {"memory_num_heads": 1, "memory_num_key_value_heads": 1, "memory_head_dim": 32}  # as wide as the model
+GROUPED = {"memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 16}
 
 
+@pytest.mark.parametrize("rule", [HEAD, SLOT], ids=["delta_token", "slot"])
 @pytest.mark.parametrize(
     "heads",
-    [
-        WHOLE,
-        {"memory_num_heads": 4, "memory_num_key_value_heads": 2, "memory_head_dim": 16},
-        {**WHOLE, "memory_sharing": True, "num_memory_layers": 2},
-    ],
+    [WHOLE, GROUPED, {**WHOLE, "memory_sharing": True, "num_memory_layers": 2}],
     ids=["one head", "grouped queries", "shared"],
 )
 @torch.no_grad()
-def test_every_token_comes_out_of_the_head_readout_as_itself(make_senri, tokens, heads):
-    model, ids = make_senri(random=False, **{**HEAD, **heads}), text(tokens)
+def test_every_token_comes_out_of_the_head_readout_as_itself(make_senri, tokens, rule, heads):
+    model, ids = make_senri(random=False, **{**rule, **heads}), text(tokens)
     table = model.model.embed_tokens.weight
     table.copy_(table * torch.logspace(0, 2, 32) + 0.5)  # far from round, and not about 0
     table[:8] *= 3  # tokens that stand apart
     calibrate(model, ids, repeat_tokens=REPEAT)
-    first, last = (list(model.model.memories.values())[i] for i in (0, -1))
+    first = next(iter(model.model.memories.values()))
     values = first.v_proj(table)
     torch.testing.assert_close(values.mean(0), torch.zeros_like(values[0]), rtol=0, atol=1e-9)
-    own = values.norm(dim=-1)
-    read = first.embedded(torch.arange(len(table)), table).unflatten(-1, (-1, first.head_dim))
-    for memory in (first, last):
-        read_by_queries = read.repeat_interleave(memory.num_heads // memory.num_key_value_heads, -2).flatten(-2)
-        logits = model.lm_head(memory.o_proj(read_by_queries))
+    by_head = values.unflatten(-1, (first.num_key_value_heads, -1))
+    # a read that is perfect is a value of length 1; under the gate of other rules than slot each head's is
+    own = values.norm(dim=-1) if rule == SLOT else by_head.norm(dim=-1).sum(-1)
+    found = first.embedded(torch.arange(len(table)), table).unflatten(-1, by_head.shape[1:])
+    for memory in model.model.memories.values():
+        read = found.repeat_interleave(memory.num_heads // memory.num_key_value_heads, -2)
+        memory.read_gate.scale.fill_(1.0)
+        if rule == HEAD:
+            read = torch.stack([read, *[torch.zeros_like(read)] * STRAY], -2).flatten(-3, -2)
+            memory.read_gate.proj.bias.fill_(50.0)  # open
+        logits = model.lm_head(memory.read_out(torch.zeros(1, len(table), 32).double(), read[None]))[0]
         logits = logits - logits.mean(-1, keepdim=True)
         assert (logits.argmax(-1) == torch.arange(len(table))).all()
         torch.testing.assert_close(logits.diagonal(), HEIGHT * own / own.mean(), rtol=0.02, atol=0)
     unlike = F.normalize(table - table.mean(0), dim=-1) @ table.T
     assert (unlike.argmax(-1) != torch.arange(len(table))).float().mean() > 0.2, "round enough: this shows nothing"
+
+
+@torch.no_grad()
+def test_narrow_memories_keep_the_directions_of_most_variance(make_senri, tokens):
+    model = make_senri(random=False, **{**SLOT, **WHOLE, "memory_head_dim": 8})
+    table = model.model.embed_tokens.weight
+    table.copy_(table * torch.logspace(0, 2, 32))  # the last columns most
+    calibrate(model, text(tokens), repeat_tokens=REPEAT)
+    weight = model.model.memories[1].v_proj.weight
+    values = table @ weight.T
+    torch.testing.assert_close(torch.cov(values.T, correction=0), torch.eye(8).double(), rtol=0, atol=0.05)
+    assert (weight[:, -8:] * table[:, -8:].std(0)).norm() > 0.9 * (weight * table.std(0)).norm()
+
+
+def test_the_vocabulary_is_gone_through_in_blocks(make_senri, monkeypatch):
+    models = [make_senri(random=False, **{**SLOT, **GROUPED}) for _ in range(2)]
+    for model, block in zip(models, (10_000, 7), strict=True):
+        monkeypatch.setattr(calibration, "BLOCK", block)
+        set_values(model)
+    for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
+        if name.endswith("proj.weight") and ".memory." in name:
+            torch.testing.assert_close(one.abs(), other.abs(), rtol=1e-6, atol=1e-9)  # a direction may turn round
 
 
 @pytest.mark.parametrize("options", [{}, HEAD])

@@ -126,6 +126,15 @@ def test_a_bfloat16_model_goes_through_them_too(make, tokens, calls, monkeypatch
 
 
 @torch.no_grad()
+def test_a_bfloat16_model_on_no_levels_stays_as_it_is(make, tokens, calls, monkeypatch):
+    monkeypatch.setattr(int8_decoder, "fuses", lambda x: True)
+    monkeypatch.setattr(int8_decoder, "fusable", lambda layer, x: True)
+    ids = tokens(1, 20)
+    assert torch.equal(*(one_by_one(make(name, levels=False).bfloat16(), ids) for name in ("full", "auto")))
+    assert not calls
+
+
+@torch.no_grad()
 def test_a_fork_goes_on_by_itself(make, tokens):
     """The compiled layers write into the window's room: nobody else may see it."""
     model, ids = make("int8", levels=True), tokens(1, 40)

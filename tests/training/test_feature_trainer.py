@@ -152,6 +152,14 @@ def test_a_run_that_keeps_its_write_gates_goes_on_with_its_log(train, tmp_path, 
     assert steps_of(tmp_path / "run") == [("reading", 25), ("reading", 26)]
 
 
+@pytest.mark.parametrize("calibrates", [False, True])
+def test_keys_are_calibrated_where_there_are_none_to_start_from(train, monkeypatch, calibrates):
+    seen, whole = [], feature_trainer.prepare
+    monkeypatch.setattr(feature_trainer, "prepare", lambda *a, **options: seen.append(options) or whole(*a, **options))
+    train("run", calibrates=calibrates)
+    assert seen == [{"addresses": calibrates}]
+
+
 def test_held_out_pages_are_looked_at_now_and_then_and_at_the_end(make_reader, pages, tmp_path, monkeypatch):
     """They change nothing of what is learned, and a run that goes on does not read them again."""
     monkeypatch.setattr(feature_trainer, "PROBED_STREAMS", 3)

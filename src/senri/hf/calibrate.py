@@ -20,6 +20,7 @@ from senri.layers import MemoryAttention
 
 RIDGE = 1e-3  # of the mean variance, added to every direction: keeps unseen directions from being blown up
 REPEAT_BEYOND = 1024  # tokens beyond the window that the passage read twice has
+BLOCK = 8192  # rows whose statistics are taken at once
 HEIGHT = 20.0  # nats that a perfect recall adds to its token's logit where the read gate's scale is 1
 BOOSTS = (0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # read gates tried, in such nats
 CHANCES = (0.0, 1.0)  # of the read gate
@@ -97,7 +98,7 @@ def _calibrate(model: SenriForCausalLM, statistics: Tensor, repeated: Tensor) ->
 
 @torch.no_grad()
 def set_addresses(memory: MemoryAttention, hidden: Tensor) -> None:
-    """q_proj = k_proj = the whitening map of the layer's inputs ``hidden`` ``[tokens, hidden]``, float64.
+    """q_proj = k_proj = the whitening map of the layer's inputs ``hidden`` ``[tokens, hidden]``.
 
     Raises:
         ValueError: memory heads together wider than the hidden size.
@@ -110,25 +111,31 @@ def set_addresses(memory: MemoryAttention, hidden: Tensor) -> None:
 
 @torch.no_grad()
 def set_values(model: SenriForCausalLM) -> None:
-    """v_proj = the whitening map of all token embeddings, o_proj = its transpose: the way of a token through a memory
-    of the ``head`` read-out and back.
+    """v_proj = the whitening map of all token embeddings, o_proj = its transpose: the way of a token through the
+    memories of the ``head`` read-out and back.
 
     Embeddings are far from round: read as they are, a few that stand apart from all others gain from whatever is
-    recalled. Whitened, ``E_t C^-1 (E_s - mean)`` is large for ``t = s`` alone. Layers that only read a memory take the
-    map of the one that writes it.
+    recalled. Whitened, ``E_t C^-1 (E_s - mean)`` is large for ``t = s`` alone; memory heads that together are narrower
+    than the embeddings keep the directions of most variance.
 
     Raises:
         ValueError: memory heads together wider than the hidden size.
     """
-    embeddings = model.model.embed_tokens.weight.double()
-    for memory in model.model.memories.values():
+    embeddings, memories = model.model.embed_tokens.weight, list(model.model.memories.values())
+    writer = memories[0]  # all have its shape
+    weight, mean = _whitening(embeddings, writer)
+    length = 0.0  # of what a perfect recall is made of, on average
+    for rows in embeddings.split(BLOCK):
+        values = ((rows.double() - mean) @ weight.mT).unflatten(-1, (writer.num_key_value_heads, -1))
+        # a value has length 1 as a whole; the gate of other rules than slot makes it 1 in each head
+        lengths = values.flatten(1).norm(dim=-1) if writer.rule == "slot" else values.norm(dim=-1).sum(-1)
+        length += lengths.sum().item() / len(embeddings)
+    groups = writer.num_heads // writer.num_key_value_heads
+    for memory in memories:
         if memory.writes:
-            weight, mean = _whitening(embeddings, memory)
             memory.v_proj.weight.copy_(weight)
             memory.v_proj.bias.copy_(-weight @ mean)
-            own = ((embeddings - mean) @ weight.mT).norm(dim=-1).mean()
-        groups = memory.num_heads // memory.num_key_value_heads
-        memory.o_proj.weight.copy_(memory.for_query_heads(weight).mT * (HEIGHT / own / groups))
+        memory.o_proj.weight.copy_(memory.for_query_heads(weight).mT * (HEIGHT / length / groups))
 
 
 def _token_ids(texts: Any, tokenizer: Any, limit: int) -> Tensor:
@@ -160,12 +167,15 @@ def _layer_inputs(model: SenriForCausalLM, ids: Tensor) -> dict[int, Tensor]:
 
 
 def _whitening(x: Tensor, memory: MemoryAttention) -> tuple[Tensor, Tensor]:
-    """Of the rows of ``x`` ``[N, hidden]`` the map to the memory's keys or values ``[H * D, hidden]``, and the mean."""
+    """Of the rows of ``x`` ``[N, hidden]`` the map to the memory's keys or values ``[H * D, hidden]``, and the mean;
+    float64.
+    """
     width = memory.num_key_value_heads * memory.head_dim
     if width > x.shape[1]:
         raise ValueError(f"memory heads of {width} together are wider than the hidden size {x.shape[1]}")
-    mean = x.mean(0)
-    variance, directions = torch.linalg.eigh((x - mean).mT @ (x - mean) / len(x))
+    mean = x.mean(0, dtype=torch.float64)
+    parts = (rows.double() - mean for rows in x.split(BLOCK))  # a vocabulary in float64 would be a gigabyte
+    variance, directions = torch.linalg.eigh(sum(rows.mT @ rows for rows in parts) / len(x))
     variance, directions = variance.flip(0), directions.flip(1)  # largest first
     scale = (variance + RIDGE * variance.mean()).rsqrt()
     rows = (directions * scale).mT[:width]

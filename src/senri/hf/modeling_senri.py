@@ -113,12 +113,12 @@ class SenriForCausalLM(SenriPreTrainedModel, SessionMixin, GenerationMixin):
         """The language-model head in the form that is fastest for ``hidden`` ``[B, T, hidden]``."""
         if not is_plain(self.lm_head) or wants_gradients(*self.lm_head.parameters()):
             return self.lm_head
-        wanted, form = self.config.decoding_weights, None
+        wanted = self.config.decoding_weights
         if wanted != "full" and is_next(hidden):
             form = self.packed.get(wanted, self.lm_head, make=lambda head: int8_head(head, wanted))
-        if form is None and packs(hidden):
-            form = self.packed.get("lm_head", self.lm_head, make=PackedLinear)
-        return self.lm_head if form is None else form
+            if form is not None:
+                return form
+        return self.packed.get("lm_head", self.lm_head, make=PackedLinear) if packs(hidden) else self.lm_head
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers does, but positions are counted by the cache: they go on from what was read before."""

@@ -1,4 +1,4 @@
-"""Training on cached features: first the write gate, told what will be asked for; then everything that reads.
+"""Training on cached features: first the write gate, told what will be asked for; then what finds it again.
 
 The write gate is a classifier of tokens. Learned through the answers alone, chance would have to show that one token of
 a million was worth keeping; here the samples say which tokens hold what is asked for. Once it is fixed, a text is the
@@ -75,7 +75,7 @@ def prepare(model: SenriForCausalLM, features: Features, *, addresses: bool = Tr
     set_values(model)
     for index, memory in model.model.memories.items():
         if addresses:
-            set_addresses(memory, features.hidden[index][::every].double())
+            set_addresses(memory, features.hidden[index][::every])
             memory.read_gate.reset_parameters()
         memory.read_gate.scale.fill_(SCALE / len(model.model.memories))
 
