@@ -277,12 +277,14 @@ def test_what_a_message_says_anew_is_answered_from_then_on(real_text):
     model, tokenizer = load_base("float32")
     session = Session(model, tokenizer, generation={"max_new_tokens": 20})
     fact, question = "The telephone number of Edwin Cole is {}.", "What is the telephone number of Edwin Cole?"
-    model.read(f"{real_text[:6000]} {fact.format(5550173)} {real_text[6000:9000]}", tokenizer)
+    old, new = "5550173", "7771234"
+    model.read(f"{real_text[:6000]} {fact.format(old)} {real_text[6000:9000]}", tokenizer)
     model.flush()
-    assert session.ask(question) == fact.format(5550173)
-    session.say(fact.format(7771234))
-    assert session.say(question) == fact.format(7771234)
-    assert session.ask(question) == fact.format(7771234)
+    assert old in session.ask(question)
+    session.say(fact.format(new))
+    for answer in (session.say(question), session.ask(question)):
+        assert new in answer
+        assert old not in answer
 
 
 def test_an_answer_longer_than_the_window_is_left_out_as_far_as_it_can_be(session, real_tokenizer):
