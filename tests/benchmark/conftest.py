@@ -1,5 +1,7 @@
 """A small Senri folder with the real tokenizer, and the specs of rows that measure it."""
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,22 @@ def tiny_base() -> LlamaForCausalLM:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     special = {"tie_word_embeddings": True, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
     return LlamaForCausalLM(LlamaConfig(**fields, **heads, **special, initializer_range=0.2)).eval()
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """``(name)`` -> the module of a script in benchmarks/."""
+
+    def load(name: str) -> Any:
+        path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+        found = importlib.util.spec_from_file_location(name, path)
+        assert found is not None
+        assert found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

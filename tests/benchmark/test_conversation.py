@@ -1,20 +1,13 @@
 """The script of facts told anew: what it tells and asks, and how it counts."""
 
-import importlib.util
-from pathlib import Path
 from random import Random
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "conversation.py"
-
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("conversation", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("conversation")
 
 
 def test_facts_are_of_different_people_and_change(script):

@@ -1,8 +1,5 @@
 """The long text's script, with the real model on a short one: what it says of reading, and who knows the keys."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 import senri
@@ -10,16 +7,12 @@ from senri.data.corpus import Document
 from senri.data.haystack import BookHaystack
 from senri.data.needles import shared_context
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "long_text.py"
 WINDOW, TOKENS = 256, 1500
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("long_text", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("long_text")
 
 
 @pytest.mark.slow
