@@ -127,8 +127,8 @@ def table(results: list[dict[str, Any]]) -> str:
         found = share(*pair)
         return f"{pair[0]} of {pair[1]} [{found.low:.0%}, {found.high:.0%}]"
 
-    left = " | ".join(f"{name}: left alone" for name in LEFT_ALONE)
-    lines = [f"| | right | overwritten | {left} | plain tokens written | of values |", f"|---{'|---:' * 7}|"]
+    columns = [*RIGHT, *(f"{name}: left alone" for name in LEFT_ALONE), "plain tokens written", "of values"]
+    lines = [f"| | {' | '.join(columns)} |", f"|---{'|---:' * len(columns)}|"]
     for result in results:
         plain, values = result[PLAIN], result[VALUES]
         rates = f"{plain[0] / plain[1]:.2%} | {values[0] / values[1]:.0%}"

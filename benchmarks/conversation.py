@@ -30,7 +30,10 @@ from senri.session import Session
 TEXTS, TOKENS = 5, 4000
 WORDINGS: list[tuple[str, Wording]] = [("code", NIAH["multikey"].wordings[0]), *HELD_OUT]
 ASIDE = "Thank you. What is the capital of France?"
-COUNTS = ("new value", "old value", "first reply names the old value", "another fact right")
+COUNTS = (
+    "new value", "old value", "first reply names the old value", "another fact right",
+    "new value and nothing else", "another fact and nothing else",
+)  # fmt: skip
 
 
 class Fact(NamedTuple):
@@ -67,7 +70,10 @@ def _new(kind: str, known: list[str], rng: Random) -> str:
 def converse(session: Session, fact: Fact, other: Fact) -> dict[str, Any]:
     """A conversation about ``fact`` that ends with a question for ``other``, with what was right of it."""
     said = [session.say(fact.anew), session.say(fact.question), session.ask(ASIDE), session.say(other.question)]
-    named = [fact.new in said[1], fact.old in said[1], fact.old in said[0], other.old in said[3]]
+    named = [
+        fact.new in said[1], fact.old in said[1], fact.old in said[0], other.old in said[3],
+        said[1].strip("\"'. ") == fact.new, said[3].strip("\"'. ") == other.old,
+    ]  # fmt: skip
     return {"told": fact.anew, "asked": [fact.question, other.question], "said": said} | dict(
         zip(COUNTS, named, strict=True)
     )

@@ -41,9 +41,10 @@ class Parrot:
 @pytest.mark.parametrize(
     ("answers", "right"),
     [
-        (("It is {new}.", "{new}", "Paris", "{other}"), (True, False, False, True)),
-        (("No, {old}!", "{old}", "Paris", "{new}"), (False, True, True, False)),
-        (("", "", "{new}", "{old}"), (False, False, False, False)),
+        (("It is {new}.", "{new}", "Paris", "{other}"), (True, False, False, True, True, True)),
+        (("", "{new}. A key is", "", "'{other}'."), (True, False, False, True, False, True)),
+        (("No, {old}!", "{old}", "Paris", "{new}"), (False, True, True, False, False, False)),
+        (("", "", "{new}", "{old}"), (False, False, False, False, False, False)),
     ],
 )
 def test_each_count_looks_at_its_own_answer(script, answers, right):

@@ -10,7 +10,7 @@ import pytest
 import senri.data.pages as module
 from senri.data.corpus import Document
 from senri.data.haystack import encode
-from senri.data.pages import FILLER, IN_SIGHT, LATE, LEAD, MESSAGE, NO_LEAD, RIVAL, ROOM, RecallPages
+from senri.data.pages import FILLER, FOLLOWS, IN_SIGHT, LATE, LEAD, MESSAGE, NO_LEAD, RIVAL, ROOM, RecallPages
 from senri.data.samples import SampleError
 from senri.data.training_chat import PROMPTS
 
@@ -79,15 +79,27 @@ def texts_of(page, tokenizer):
     return [tokenizer.decode(page.ids[page.fact_of == number]) for number in range(len(page.facts))]
 
 
+def answered(question, tokenizer):
+    """What stands before a question, and of it the exchange just before it, if there is one."""
+    before, begins, exchange = tokenizer.decode(question.lead).partition("\n\nQuestion: ")
+    if not begins:
+        before, begins, exchange = before.partition("<|im_start|>system\n")
+    return before, begins + exchange
+
+
 def in_sight(question, page, tokenizer):
-    """The book's tokens before a question, and the numbers of the facts that stand between them and the question."""
-    text, seen, facts = tokenizer.decode(question.lead), [], texts_of(page, tokenizer)
+    """The book's tokens before a question, and the numbers of the facts that stand behind them."""
+    seen, facts = [], texts_of(page, tokenizer)
+    text, exchange = answered(question, tokenizer)
+    lead = question.lead
+    while exchange and len(lead) and tokenizer.decode(lead) != text:  # tokenized in parts
+        lead = lead[:-1]
     while numbers := [number for number, fact in enumerate(facts) if text.endswith(fact)]:
         seen.insert(0, numbers[-1])
         text = text.removesuffix(facts[numbers[-1]])
     shown = encode(tokenizer, "".join(facts[number] for number in seen))
-    assert question.lead[len(question.lead) - len(shown) :].tolist() == shown
-    return question.lead[: len(question.lead) - len(shown)], seen
+    assert lead[len(lead) - len(shown) :].tolist() == shown
+    return lead[: len(lead) - len(shown)], seen
 
 
 def holds(text, value):
@@ -245,6 +257,30 @@ def test_some_facts_stand_in_sight_of_a_question(make, fact_pages, real_tokenize
     assert max(sizes) <= LEAD[1]
     assert 15 < np.median([size for size in sizes if size]) < 40, "few tokens more often than many"
     assert max(sizes) > 100
+
+
+def test_some_questions_follow_on_another_one_and_its_answer(fact_pages, real_tokenizer):
+    """In one conversation, as people ask."""
+    follow, of_chats = [], Counter()
+    for page in fact_pages:
+        texts = texts_of(page, real_tokenizer)
+        for question in page.questions:
+            exchange = answered(question, real_tokenizer)[1]
+            follow.append(bool(exchange))
+            asked = real_tokenizer.decode(question.exchange.prompt)
+            assert asked.startswith("\nQuestion:" if exchange and "im_start" not in asked else "\n") or not exchange
+            if not exchange:
+                continue
+            chat = "<|im_start|>" in exchange
+            assert chat == ("<|im_start|>" in asked), "in the same format"
+            assert "system" not in asked, "which begins once"
+            of_chats[chat] += 1
+            value = re.search(r"(?:Answer:|assistant\n)(.*)(\.\n|\.<\|im_end\|>)$", exchange).group(1)
+            assert any(text.rstrip(".!;").split()[-1] in value or value.split()[-1] in text for text in texts)
+            (before,), (now,) = STEM.findall(exchange), STEM.findall(asked)
+            assert before != now
+    assert 0.5 * FOLLOWS < np.mean(follow) < 1.5 * FOLLOWS
+    assert min(of_chats[True], of_chats[False]) > 5
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -516,6 +516,9 @@ def test_without_a_stop_the_answer_ends_once_it_is_right():
     assert model.steps == len("it is seven")
     model = Scripted("it is seven, eight or so")
     assert say(model, question(n=24, answers=("eight", "seven"))) == ["it is seven, eight"]
+    model = Scripted("it is seven, eight or so")
+    assert say(model, question(n=16, answers=("seven",), stop="")) == ["it is seven, eig"], "to the model's own end"
+    assert model.steps == 16
 
 
 def test_decided_is_said_row_by_row():

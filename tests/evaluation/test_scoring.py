@@ -104,6 +104,7 @@ def test_an_exact_answer_is_a_right_one(answer, around):
         (" a\nb ", None, "a\nb"),
         ("a END b END", "END", "a"),
         ("  \n", None, ""),
+        (" a\nb ", "", "a\nb"),
     ],
 )
 def test_cut(text, stop, counts):
@@ -124,6 +125,13 @@ def test_decided():
     part = ask("one", "two", metric="part", stop=None)
     assert decided("two", part)
     assert not decided("three", part)
+    assert not decided("one two", ask("one", "two", stop="")), "what else it says counts"
+
+
+def test_an_answer_that_ends_itself_is_exact_or_not():
+    assert exact("KEY-1.", ask("KEY-1", stop="")) is True
+    assert exact("KEY-1. A key is", ask("KEY-1", stop="")) is False
+    assert exact("KEY-1.", ask("KEY-1", stop=None)) is None
 
 
 WORDS = st.lists(
@@ -137,7 +145,7 @@ WORDS = st.lists(
     st.tuples(WORDS, st.sampled_from(["", "\n", "END", ".", "one", " kitchen two one"])).map("".join),
     st.one_of(WORDS, st.text(st.characters(max_codepoint=127), max_size=8)),
     st.sampled_from(["all", "part", "label"]),
-    st.sampled_from(["\n", None, "END", "."]),
+    st.sampled_from(["\n", None, "", "END", "."]),
     st.sampled_from([("one",), ("one", "two"), ("kitchen",), ("kitchen", "two")]),
 )
 def test_once_decided_nothing_changes_the_score(text, more, metric, stop, answers):

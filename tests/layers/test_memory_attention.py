@@ -353,3 +353,51 @@ def test_stray_reads_are_those_of_the_query_rolled_round(make_memory):
     torch.testing.assert_close(read[:, -1], unit @ state.M[:, 0].mT, **EXACT)
     squares = [(unit.roll(4 * i // 5, -1) @ state.M[:, 0].mT).square().sum(-1) for i in range(1, 5)]
     torch.testing.assert_close(stray[:, -1], sum(squares) / 4, **EXACT)
+
+
+# an answer's end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key_value_heads", [1, 2])
+@torch.no_grad()
+def test_a_memory_that_holds_something_says_the_end(key_value_heads):
+    """As loud as its map of the query says; and as exactly nothing while nothing is written."""
+    options = {"rule": "slot", "write_gate": "hidden", "readout": "head", "num_slots": 6}
+    memory = MemoryAttention(8, 2, key_value_heads, 4, 3, end_token=5, **options).double()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in memory.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
+    memory.write_gate.out_proj.bias.fill_(5.0)
+    hidden, embedding, ids = random(2, 9, 8), random(12, 8, seed=2), torch.arange(18).view(2, 9) % 12
+    state = memory.init_state(2, torch.float64, hidden.device)
+    slots = state.recent.shape[1]
+    stream = MemoryStream(
+        torch.cat([torch.zeros(2, slots, dtype=torch.bool), torch.ones(2, 9, dtype=torch.bool)], 1),
+        torch.cat([torch.zeros(2, slots, dtype=torch.long), ids], 1), None,
+    )  # fmt: skip
+    heard = {}
+    for bias in (-60.0, 60.0):
+        memory.slot_gate.end_bias.fill_(bias)
+        heard[bias], _ = memory(hidden, stream, state, embedding)
+    assert torch.equal(heard[60.0][:, :3], torch.zeros(2, 3, 8, dtype=torch.float64)), "nothing has left the window"
+    assert (heard[-60.0][:, 3:].abs().sum(-1) > 0).all()
+    end = (
+        F.normalize(memory.v_proj(embedding[5]), dim=-1)
+        .view(key_value_heads, 4)
+        .repeat_interleave(2 // key_value_heads, 0)
+    )
+    alone = memory.o_proj((memory.read_gate.scale[:, None] * end).flatten())
+    torch.testing.assert_close(heard[60.0][:, 3:], alone.expand(2, 6, -1), rtol=1e-9, atol=1e-9)
+    silent = MemoryAttention(8, 2, key_value_heads, 4, 3, **options).double()
+    weights = memory.state_dict()
+    silent.load_state_dict({n: x for n, x in weights.items() if not n.startswith("slot_gate.end_")})
+    without, _ = silent(hidden, stream, state, embedding)
+    torch.testing.assert_close(without, heard[-60.0], rtol=1e-9, atol=1e-12)
+
+
+def test_only_a_slot_memory_at_the_head_knows_an_end():
+    for changes in ({"rule": "linear"}, {"readout": "layer"}):
+        options = {"rule": "slot", "readout": "head", "end_token": 5, **changes}
+        memory = MemoryAttention(8, 2, 1, 4, 3, **options)
+        assert memory.end_token is None
+        assert not [name for name, _ in memory.named_parameters() if "end_" in name]

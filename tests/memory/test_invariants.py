@@ -67,6 +67,9 @@ class Case:
             # so that keys of few dimensions are the same in part
             self.options["slot"] = SlotParameters(*(x + 0.1 * randn(H).abs() for x in (4.0, 0.3, 5.0)))
             if draw(st.booleans()):
+                end = {"end_key": 3 * randn(H, Dk), "end_bias": randn(H), "end_value": randn(H, Dv)}
+                self.options["slot"] = self.options["slot"]._replace(**end)
+            if draw(st.booleans()):
                 self.gates["null"] = randn(B, T, H * G)
             if draw(st.booleans()):
                 self.gates["importance"] = randn(B, T, H)
@@ -124,7 +127,11 @@ def test_fast_path_equals_reference_with_every_gradient(store, data):
         state = map_tensors(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, start)
         inputs = [t.detach().clone().requires_grad_() for t in (case.q, case.k, case.v)]
         gates = {n: g.clone().requires_grad_() if g.is_floating_point() else g for n, g in case.gates.items()}
-        out, final = fn(*inputs, state, **gates, **case.options)
+        options, learnt = dict(case.options), []
+        if "slot" in options:
+            slot = [None if x is None else x.clone().requires_grad_() for x in options["slot"]]
+            options["slot"], learnt = SlotParameters(*slot), [x for x in slot if x is not None]
+        out, final = fn(*inputs, state, **gates, **options)
         loss = sum(
             (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum()
             for t in [out, *named_tensors(final).values()]
@@ -132,6 +139,7 @@ def test_fast_path_equals_reference_with_every_gradient(store, data):
         )
         leaves = [
             *inputs,
+            *learnt,
             *(g for g in gates.values() if g.requires_grad),
             *(t for t in named_tensors(state).values() if t.requires_grad),
         ]

@@ -46,6 +46,19 @@ def test_the_logit_of_nothing_decides():
         torch.testing.assert_close(found, torch.full_like(found, 1 / (1 + math.exp(null - 60))), **EXACT)
 
 
+def test_the_end_is_said_by_a_memory_that_holds_anything():
+    """Beside the slots, as loud as its logit is; to no query of an empty memory."""
+    one, numbers = eye(4)[:1], {"rule": "slot", "null": torch.full((1, 1, 1), 10.0, dtype=torch.float64)}
+    bias = torch.tensor([2.0], dtype=torch.float64)
+    slot = SHARP._replace(end_key=30 * eye(4)[1:2], end_bias=bias, end_value=5 * eye(4)[3:])
+    for empty, state in ((False, write(one, one, num_slots=3)), (True, write(one, one, num_slots=3, beta=[0.0]))):
+        asked = read(eye(4)[1:2][None, :, None], state, slot=slot, **numbers)[0, 0, 0, 3]
+        assert asked == (0 if empty else pytest.approx(5 / (1 + math.exp(10 - 32) + math.exp(0 - 32)), rel=1e-12))
+        other = read(one[None, :, None], state, slot=slot, **numbers)[0, 0, 0]
+        assert other[3] < 1e-6
+        assert (other[0] > 0.99) != empty
+
+
 def test_the_last_value_of_a_key_is_the_one_that_counts():
     one = eye(4)[[0, 1, 0, 0]]
     state = write(one, torch.arange(1.0, 5.0, dtype=torch.float64)[:, None].expand(4, 4), num_slots=8)

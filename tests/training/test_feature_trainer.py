@@ -10,7 +10,7 @@ import senri.training.feature_trainer as feature_trainer
 from senri.data.samples import SampleError
 from senri.training.feature_trainer import train_on_features
 from senri.training.fit import Reading
-from senri.training.settings import FeatureSettings
+from senri.training.settings import FeatureSettings, TrainingError
 
 SETTINGS = FeatureSettings(
     streams=3,
@@ -204,3 +204,16 @@ def test_a_routed_memory_is_trained_as_one(train):
     assert not routed.training
     for (name, parameter), (_, its) in zip(one.named_parameters(), routed.named_parameters(), strict=True):
         assert torch.equal(parameter, its), name
+
+
+def test_the_end_of_a_chat_turn_must_be_one_token_to_all(make_reader, pages, tmp_path):
+    """Else the memory would learn to say what ends nothing."""
+    model = make_reader(update_rule="slot")
+    for memory in model.model.memories.values():
+        memory.end_token = 1
+    with pytest.raises(TrainingError, match="ends a chat turn with token 2, the base model with 1: set eos_token_id"):
+        train_on_features(
+            model, pages, SETTINGS, 0, tmp_path / "run", {"model": "tiny"},
+            calibrates=True, dtype=torch.float32, notes={},
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists(), "before anything is made"

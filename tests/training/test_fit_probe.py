@@ -27,13 +27,26 @@ def says(monkeypatch, reading, of):
 
 
 @pytest.fixture
-def reading(make_reader, make_features, monkeypatch):
+def read_by(make_reader, make_features, monkeypatch):
+    """``(rule)`` -> readings by a model with that rule."""
     monkeypatch.setattr(fit, "VOCABULARY", 512)
-    model = make_reader()
-    return Reading(model, make_features(model), SETTINGS, 0)
+
+    def make(rule):
+        model = make_reader(update_rule=rule)
+        with torch.no_grad():  # the end, which pads, too, would be zeros
+            model.model.embed_tokens.weight[2] = torch.linspace(-1, 1, model.config.hidden_size)
+        return Reading(model, make_features(model), SETTINGS, 0)
+
+    return make
 
 
-def test_a_memory_that_says_every_answer_is_right_and_leaves_nothing_alone(reading, monkeypatch):
+@pytest.fixture
+def reading(read_by):
+    return read_by("delta_token")
+
+
+def test_a_memory_that_says_every_answer_is_right_and_leaves_nothing_alone(read_by, monkeypatch):
+    reading = read_by("slot")
     says(monkeypatch, reading, lambda question: 100 * reading.embedding[question.target])
     reading.embedding = torch.nn.functional.normalize(reading.embedding, dim=-1)
     found = count_answers(reading, 20, 1000)
@@ -41,9 +54,24 @@ def test_a_memory_that_says_every_answer_is_right_and_leaves_nothing_alone(readi
     assert all(found[name][0] < found[name][1] for name in LEFT_ALONE if found[name][1])
 
 
+def test_an_answer_without_its_end_is_right_and_not_ended(read_by, monkeypatch):
+    reading = read_by("slot")
+
+    def value_alone(question):
+        said = 100 * reading.embedding[question.target]
+        return said.where(torch.arange(len(said))[:, None] < len(said) - 1, -100 * reading.embedding[2])
+
+    says(monkeypatch, reading, value_alone)
+    reading.embedding = torch.nn.functional.normalize(reading.embedding, dim=-1)
+    found = count_answers(reading, 20, 1000)
+    assert found["right"][0] == found["right"][1] > 0
+    assert found["ended"][0] == 0 < found["ended"][1] < found["right"][1], "of chat turns alone"
+
+
 def test_an_empty_memory_leaves_all_alone_and_is_hardly_ever_right(reading, monkeypatch):
     says(monkeypatch, reading, lambda question: torch.zeros_like(question.final))
     found = count_answers(reading, 20, 1000)
+    assert found["ended"] == (0, 0), "a matrix knows no end"
     assert found["right"][0] < 0.1 * found["right"][1]
     assert all(found[name][0] == found[name][1] > 3 for name in LEFT_ALONE)
 

@@ -244,7 +244,7 @@ def together_contexts(
                             "depth": asked_at[number],
                         },
                         evidence=tuple(spans[first[number] + i] for i in made.asked),
-                        stop=None if chat else made.task.stop,
+                        stop="" if chat else made.task.stop,
                     )
                     for number, (made, question) in enumerate(zip(facts, questions, strict=True))
                 ),

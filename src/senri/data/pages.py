@@ -24,6 +24,7 @@ NO_LEAD = 0.25  # share of the questions without: asked in an empty window, as a
 LATE = 0.5  # share of the questions that are asked behind thousands of tokens of book text
 RIVAL = 0.3  # share of the questions, where there is one, with another fact of the group in sight
 IN_SIGHT = 0.1  # share of the questions whose own fact stands in sight
+FOLLOWS = 0.3  # share of the questions that follow on another one and its answer
 MESSAGE = 0.15  # share of the groups of which a chat message tells a fact
 
 
@@ -168,14 +169,18 @@ class RecallPages:
 
     def _questions(self, recalls: Sequence[Recall], rng: Random) -> list[Question]:
         made, first = [], 0
+        every = [asked for recall in recalls for asked in recall.asked]
         for recall in recalls:
             for asked in recall.asked:
+                others = [other for other in every if other is not asked]
                 for _ in range(self.questions):
-                    (exchange,) = self.forms.exchanges([asked], rng)
+                    earlier = [rng.choice(others)] if others and rng.random() < FOLLOWS else []
+                    *answered, exchange = self.forms.exchanges([*earlier, asked], rng)
                     shown, seen = self._shown(recall, asked, rng)
                     late = rng.random() < LATE
                     before = [] if late else self._lead(rng)
-                    lead = np.array([*before, *encode(self.tokenizer, shown)], dtype=np.int32)
+                    said = [token for e in answered for token in (*e.prompt, *e.answer)]
+                    lead = np.array([*before, *encode(self.tokenizer, shown), *said], dtype=np.int32)
                     made.append(Question(lead, late, -1 if seen else first + asked.fact, exchange))
             first += len(recall.told)
         return made

@@ -27,7 +27,9 @@ class Question:
     # label: all of them and none of the others (BABILong)
     metric: str = "all"
     others: tuple[str, ...] = ()  # labels that are wrong answers, for the metric label
-    stop: str | None = "\n"  # the answer ends before this string (once it is not empty); None: read it to the end
+    # the answer ends before this string, once it is not empty; "": where the model ends it; None: once nothing that is
+    # said could change the score
+    stop: str | None = "\n"
 
 
 @dataclass(frozen=True)

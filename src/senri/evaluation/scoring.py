@@ -27,7 +27,7 @@ def exact(text: str, question: Question) -> bool | None:
 
 def cut(text: str, stop: str | None) -> str:
     """The answer as far as it counts: up to ``stop`` where that comes after something was said."""
-    if stop is None:
+    if not stop:
         return text.strip()
     return text.lstrip().split(stop, 1)[0].strip()
 
@@ -35,5 +35,5 @@ def cut(text: str, stop: str | None) -> str:
 def decided(text: str, question: Question) -> bool:
     """Whether nothing that the model could add would change the score."""
     if question.stop is not None:
-        return question.stop in text.lstrip()
+        return bool(question.stop) and question.stop in text.lstrip()
     return question.metric != "label" and score(text, question) == 1.0

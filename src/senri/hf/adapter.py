@@ -147,7 +147,9 @@ def load_adapter(base: Any, path: str | Path, **config_overrides: Any) -> SenriF
         theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     lora = {name: theirs.pop(name) for name in list(theirs) if _LORA in name}
     if {n: t.shape for n, t in theirs.items()} != {n: p.shape for n, p in ours.items()}:
-        raise ValueError(f"{path} does not fit its own configuration: it is damaged, make it again")
+        raise ValueError(
+            f"{path} does not fit its own configuration: it is damaged, or of another version of Senri: make it again"
+        )
     for name, parameter in ours.items():
         parameter.copy_(theirs[name])
     _merge_lora(model, lora)

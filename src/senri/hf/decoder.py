@@ -236,4 +236,11 @@ def build_memory(config: SenriConfig, layer_idx: int) -> MemoryAttention:
         trained_as_one=config.store == "routed" and config.routing == "auto",
         alibi_scale=config.alibi_scale if config.use_alibi else None,
         writes=layer_idx == config.memory_layers[0] or not config.memory_sharing,
+        end_token=_end_token(config),
     )
+
+
+def _end_token(config: SenriConfig) -> int | None:
+    """The token that ends a chat turn; of several, as Llama has them, the last."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return ends[-1] if ends else None

@@ -141,20 +141,31 @@ class SlotGate(nn.Module):
 
     And each query's logit of finding nothing: a token that asks for nothing can be told from its hidden state. What
     only reads a memory has nothing to learn of its writing.
+
+    Args:
+        end_width: width of the queries by which a memory knows that an answer is at its end; 0: it knows no end.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_memories: int, *, writes: bool = True) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, num_memories: int, *, writes: bool = True, end_width: int = 0
+    ) -> None:
         super().__init__()
-        self.writes = writes
+        self.writes, self.ends = writes, end_width > 0
         self.null_proj = nn.Linear(hidden_size, num_heads)
         self.log_sharpness = nn.Parameter(torch.empty(num_memories))
         if writes:
             self.same_at = nn.Parameter(torch.empty(num_memories))
             self.log_slope = nn.Parameter(torch.empty(num_memories))
+        if self.ends:
+            self.end_key = nn.Parameter(torch.empty(num_memories, end_width))
+            self.end_bias = nn.Parameter(torch.empty(num_memories))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start values."""
+        if self.ends:
+            nn.init.zeros_(self.end_key)
+            nn.init.zeros_(self.end_bias)
         start = SlotParameters.default(len(self.log_sharpness), torch.float32, self.log_sharpness.device)
         self.log_sharpness.copy_(start.sharpness.log())
         if self.writes:
@@ -163,12 +174,22 @@ class SlotGate(nn.Module):
         nn.init.zeros_(self.null_proj.weight)
         nn.init.constant_(self.null_proj.bias, NOTHING)
 
-    def parameters_of_rule(self, writer: SlotParameters | None = None) -> SlotParameters:
-        """For :func:`senri.memory.scan`; ``writer``: those of the layer that writes, if this one does not."""
-        sharpness = _full(self.log_sharpness).exp()
+    def parameters_of_rule(
+        self, writer: SlotParameters | None = None, end_value: Tensor | None = None
+    ) -> SlotParameters:
+        """For :func:`senri.memory.scan`; ``writer``: those of the layer that writes, if this one does not.
+
+        Args:
+            end_value: ``[H, D]``, what is read at the end of an answer; None: nothing, or the writer's.
+        """
+        own = {"sharpness": _full(self.log_sharpness).exp()}
+        if end_value is None and writer is not None:
+            end_value = writer.end_value
+        if self.ends and end_value is not None:
+            own |= {"end_key": _full(self.end_key), "end_bias": _full(self.end_bias), "end_value": _full(end_value)}
         if writer is not None:
-            return writer._replace(sharpness=sharpness)
-        return SlotParameters(sharpness, _full(self.same_at), _full(self.log_slope).exp())
+            return writer._replace(**own)
+        return SlotParameters(same_at=_full(self.same_at), slope=_full(self.log_slope).exp(), **own)
 
     def null(self, hidden: Tensor) -> Tensor:
         """``[..., hidden]`` -> ``[..., H]``, at least float32."""
@@ -242,6 +263,8 @@ class MemoryAttention(nn.Module):
             ``head``: values are token embeddings, read added to the final hidden state under a zero-init gate
             (:class:`ReadGate`), so that the tied embedding turns it into logits;
             ``mix``: as ``layer``, but returned per head for Infini-attention's gate.
+        end_token: of rule ``slot`` with readout ``head``, the token that ends an answer. A memory that holds anything
+            says it, too, where it has learned to: no text that is read tells how an answer ends. None: it does not.
     """
 
     def __init__(
@@ -266,8 +289,10 @@ class MemoryAttention(nn.Module):
         trained_as_one: bool = False,
         alibi_scale: float | None = None,
         writes: bool = True,
+        end_token: int | None = None,
     ) -> None:
         super().__init__()
+        self.end_token = end_token if rule == "slot" and readout == "head" else None
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.window, self.conv_size, self.context_size = window, conv_size, context_size
         self.taps = taps_of(conv_size, context_size)
@@ -295,7 +320,10 @@ class MemoryAttention(nn.Module):
         if rule == "gated_delta" and writes:
             self.forget_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
         if rule == "slot":
-            self.slot_gate = SlotGate(hidden_size, num_heads, num_key_value_heads, writes=writes)
+            self.slot_gate = SlotGate(
+                hidden_size, num_heads, num_key_value_heads, writes=writes,
+                end_width=0 if self.end_token is None else head_dim,
+            )  # fmt: skip
         if isinstance(store, Hierarchical):
             self.expand_gate_proj = nn.Linear(hidden_size, num_heads)
         if readout == "head":
@@ -417,7 +445,7 @@ class MemoryAttention(nn.Module):
         if writing is None:
             assert state.memory is not None
             pairs = self._leaving(inputs, stream, steps, state.memory, embedding)
-            writing = Writing(pairs, state.memory, self._slot_of())
+            writing = Writing(pairs, state.memory, self._slot_of(end_value=self.end_value(embedding)))
         pairs = writing.pairs
         out, memory = self.write_and_read(
             self.over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, writing.memory,
@@ -435,9 +463,8 @@ class MemoryAttention(nn.Module):
         """What :meth:`forward` will write, which other layers may read too: arguments as there."""
         assert state.memory is not None
         inputs = torch.cat([state.recent, hidden], dim=1)
-        return Writing(
-            self._leaving(inputs, stream, hidden.shape[1], state.memory, embedding), state.memory, self._slot_of()
-        )
+        pairs = self._leaving(inputs, stream, hidden.shape[1], state.memory, embedding)
+        return Writing(pairs, state.memory, self._slot_of(end_value=self.end_value(embedding)))
 
     def write(
         self, hidden: Tensor, stream: MemoryStream, state: MemoryLayerState, embedding: Tensor | None = None
@@ -525,16 +552,25 @@ class MemoryAttention(nn.Module):
             null=null, store=self.store_in(self.training), expand=expand,
         )  # fmt: skip
 
-    def read_all(self, q: Tensor, hidden: Tensor, state: MemoryState) -> Tensor:
-        """The reads of :meth:`write_and_read` at the inputs ``hidden``, where nothing more is written."""
+    def read_all(self, q: Tensor, hidden: Tensor, state: MemoryState, end_value: Tensor | None = None) -> Tensor:
+        """The reads of :meth:`write_and_read` at the inputs ``hidden``, where nothing more is written; ``end_value``:
+        see :meth:`end_value`.
+        """
+        slot = self._slot_of(end_value=end_value)
         return read(
-            self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map, slot=self._slot_of(),
+            self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map, slot=slot,
             null=self._null(hidden), store=self.store_in(self.training), expand=self._expand(hidden),
             segment_size=self.segment_size,
         )  # fmt: skip
 
-    def _slot_of(self, writer: SlotParameters | None = None) -> SlotParameters | None:
-        return self.slot_gate.parameters_of_rule(writer) if self.rule == "slot" else None
+    def end_value(self, embedding: Tensor | None) -> Tensor | None:
+        """The end's token as a value, ``[H, D]``; None where there is none. ``embedding`` ``[vocabulary, hidden]``."""
+        if self.end_token is None or embedding is None:
+            return None
+        return self._as_values(embedding[self.end_token]).view(self.num_key_value_heads, self.head_dim)
+
+    def _slot_of(self, writer: SlotParameters | None = None, end_value: Tensor | None = None) -> SlotParameters | None:
+        return self.slot_gate.parameters_of_rule(writer, end_value) if self.rule == "slot" else None
 
     def _expand(self, hidden: Tensor) -> Tensor | None:
         """The gate of store ``hierarchical`` for each query, the stray ones as its own: ``[B, T, Hq]``."""
@@ -581,7 +617,10 @@ class MemoryAttention(nn.Module):
 
     def embedded(self, ids: Tensor, embedding: Tensor) -> Tensor:
         """Values of the ``head`` read-out: ``ids`` ``[B, T]`` -> ``[B, T, H * D]`` of length 1."""
-        return F.normalize(_full(self.v_proj(F.embedding(ids, embedding))), dim=-1)
+        return self._as_values(F.embedding(ids, embedding))
+
+    def _as_values(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(_full(self.v_proj(embeddings)), dim=-1)
 
     def read_out(self, hidden: Tensor, read: Tensor) -> Tensor:
         """What the reads of :meth:`write_and_read` at the inputs ``hidden`` add: ``[B, T, hidden]``."""

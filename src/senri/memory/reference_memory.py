@@ -27,7 +27,8 @@ class Memory:
         self, state: MemoryState, head: int, place: tuple[int, ...], rule: str, eps: float, slot: SlotParameters
     ) -> None:
         self.rule, self.eps = rule, eps
-        self.sharpness, self.same_at, self.slope = (x[head].double() for x in slot)
+        self.sharpness, self.same_at, self.slope = (x[head].double() for x in slot[:3])
+        self.end_key, self.end_bias, self.end_value = (None if x is None else x[head].double() for x in slot[3:])
         self.K = None if state.slots is None else state.slots.K[head].double()
         self.strength = None if state.slots is None else state.slots.strength[head].double()
         self.importance = None if state.slots is None else state.slots.importance[head].detach().double()
@@ -91,8 +92,11 @@ class Memory:
             assert self.strength is not None
             there = (self.strength > 0).nonzero()[:, 0]
             logits = self.sharpness * self.K[there] @ self._unit(q) + self.strength[there].log()
-            share = torch.cat([logits, null[None]]).softmax(0)[:-1]
-            return self.M[:, there] @ share
+            values = self.M[:, there]
+            if self.end_key is not None and self.end_bias is not None and self.end_value is not None and len(there):
+                end = torch.dot(self.end_key, self._unit(q)) + self.end_bias
+                logits, values = torch.cat([logits, end[None]]), torch.cat([values, self.end_value[:, None]], 1)
+            return values @ torch.cat([logits, null[None]]).softmax(0)[:-1]
         if self.z is None:
             return self.M @ self._unit(q)
         return self.M @ q / (self.z @ q).clamp(min=self.eps)

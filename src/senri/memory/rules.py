@@ -66,6 +66,10 @@ class SlotParameters(NamedTuple):
     sharpness: Tensor  # [H]: logit of a slot whose key is the query
     same_at: Tensor  # [H]: cosine of two keys at which the later pair halves the earlier one's strength
     slope: Tensor  # [H]: how fast around it
+    # One more pair that a memory holds as soon as it holds any, and never gives up; None: there is none.
+    end_key: Tensor | None = None  # [H, F], of any length: its logit is that of a query's product with it, and the bias
+    end_bias: Tensor | None = None  # [H]
+    end_value: Tensor | None = None  # [H, Dv]
 
     @classmethod
     def default(cls, num_heads: int, dtype: torch.dtype, device: torch.device) -> "SlotParameters":
@@ -239,7 +243,8 @@ def slot_chunk(
     of the least ``log strength + importance`` is then given up, the oldest of several (an empty one while there is
     any), and the pair goes behind the others. A read, in which importance has no say, is
     ``sum_n p_n M_n`` with ``p`` the softmax of ``sharpness q' K_n + log strength_n`` beside ``null``, the logit of
-    finding nothing.
+    finding nothing, and beside the end's pair, if there is one, a persistent vector (Sukhbaatar et al. 2019,
+    arXiv:1907.01470) in a memory that is not empty.
 
     Args:
         null: ``[B, H, G, C]``.
@@ -268,7 +273,7 @@ def slot_chunk(
     importance = torch.cat([slots.importance, importance], -1).detach()
     held, who = _allocate(strength.detach().log() + importance[..., None, :], beta.detach() > 0, num_slots)
     strength_held = strength * held
-    out = _slot_read(chunk.q, null, keys, values, strength_held, parameters.sharpness)
+    out = _slot_read(chunk.q, null, keys, values, strength_held, parameters)
     last = strength_held[..., -1, :].gather(-1, who)
     rows = who[..., None]
     K = keys.gather(-2, rows.expand(*who.shape, keys.shape[-1]))
@@ -302,17 +307,27 @@ def _allocate(worth: Tensor, writes: Tensor, num_slots: int) -> tuple[Tensor, Te
     return held, who
 
 
-def slot_read_only(M: Tensor, slots: Slots, q: Tensor, null: Tensor, sharpness: Tensor) -> Tensor:
+def slot_read_only(M: Tensor, slots: Slots, q: Tensor, null: Tensor, parameters: SlotParameters) -> Tensor:
     """The output of a chunk in which nothing is written: ``[B, H, G, C, Dv]``."""
-    return _slot_read(q, null, slots.K, M.mT, slots.strength[..., None, :], sharpness)
+    return _slot_read(q, null, slots.K, M.mT, slots.strength[..., None, :], parameters)
 
 
-def _slot_read(q: Tensor, null: Tensor, keys: Tensor, values: Tensor, strength: Tensor, sharpness: Tensor) -> Tensor:
+def _slot_read(
+    q: Tensor, null: Tensor, keys: Tensor, values: Tensor, strength: Tensor, parameters: SlotParameters
+) -> Tensor:
     """``q`` ``[B, H, G, C, F]``, keys and values ``[B, H, n, F or Dv]``, strength ``[B, H, C or 1, n]``."""
+    sharpness, _, _, end_key, end_bias, end_value = parameters
     scores = sharpness[:, None, None, None] * (q @ keys[:, :, None].mT)
     held = strength[:, :, None] > 0
     top = torch.maximum(scores.detach().masked_fill(~held, -torch.inf).amax(-1), null.detach())[..., None]
+    end = None
+    if end_key is not None and end_bias is not None and end_value is not None:
+        end = q @ end_key[:, None, :, None] + end_bias[:, None, None, None]
+        end = end.masked_fill(~held.any(-1, keepdim=True), -torch.inf)
+        top = torch.maximum(top, end.detach())
     # no log of a strength: its gradient at 0 is no number
     weight = torch.where(held, strength[:, :, None] * (scores - top).clamp(max=0).exp(), 0.0)
-    nothing = (null[..., None] - top).exp()
-    return weight @ values[:, :, None] / (weight.sum(-1, keepdim=True) + nothing)
+    found, total = weight @ values[:, :, None], weight.sum(-1, keepdim=True) + (null[..., None] - top).exp()
+    if end is not None and end_value is not None:
+        found, total = found + (end - top).exp() * end_value[:, None, None], total + (end - top).exp()
+    return found / total

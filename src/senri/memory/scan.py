@@ -168,7 +168,7 @@ def _read_only(
     state: MemoryState, q: Tensor, reading: Reading | None, eps: float, null: Tensor, slot: SlotParameters
 ) -> Tensor:
     if state.slots is not None:
-        return slot_read_only(state.M, state.slots, q, null, slot.sharpness)
+        return slot_read_only(state.M, state.slots, q, null, slot)
     return read_only(state.M, state.z, q, eps, reading)
 
 
@@ -191,7 +191,7 @@ def _write_and_read(
 def _parameters(slot: SlotParameters | None, num_heads: int, like: Tensor) -> SlotParameters:
     if slot is None:
         return SlotParameters.default(num_heads, like.dtype, like.device)
-    return SlotParameters(*(x.to(like.dtype) for x in slot))
+    return SlotParameters(*(None if x is None else x.to(like.dtype) for x in slot))  # type: ignore[arg-type]
 
 
 def _null(null: Tensor | None, q: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:

@@ -57,9 +57,11 @@ def train_on_features(
         probed: held-out pages to look at every ``probe_steps``, and at the end.
 
     Raises:
-        TrainingError: see :func:`senri.training.fit.check_model`, and a folder with another run.
+        TrainingError: see :func:`senri.training.fit.check_model`; a model to which another token is the end of a chat
+            turn than to the tokenizer; and a folder with another run.
     """
     check_model(model)
+    _check_ends(model, source)
     if calibrates and not settings.gate_steps:
         raise TrainingError("gate_steps 0 keeps the write gate of init_adapter, and there is none: name one")
     checkpoint.open_folder(folder, identity)
@@ -102,6 +104,16 @@ def train_on_features(
         log.close()
     save_adapter(model.eval(), folder / ADAPTER, **notes, seed=seed, settings=dataclasses.asdict(settings))
     return folder / ADAPTER
+
+
+def _check_ends(model: SenriForCausalLM, source: RecallPages) -> None:
+    ends = {memory.end_token for memory in model.model.memories.values()} - {None}
+    trained = source.tokenizer.eos_token_id
+    if source.forms.chat and ends and ends != {trained}:
+        raise TrainingError(
+            f"the tokenizer ends a chat turn with token {trained}, the base model with {ends.pop()}: set eos_token_id "
+            "in the base model's config.json to the tokenizer's"
+        )
 
 
 def _held_out(

@@ -32,6 +32,7 @@ ADDRESS_WEIGHT = 1.0  # of finding the slot that holds an answer's token, where 
 UNKNOWN_WEIGHT = 2.0  # of straying from the base where the memory has no answer
 # questions of a text that its memory does not answer: about facts not told, about anything, and messages that tell one
 UNKNOWN, UNRELATED, MESSAGES = 3, 2, 2
+NEITHER = 3  # kind of a token that no loss counts, beside 0 (answers), 1 (unknown) and 2 (plain text)
 
 
 Show = Callable[[dict[str, Any]], None]
@@ -201,6 +202,7 @@ class Reading:
     def __init__(self, model: SenriForCausalLM, features: Features, settings: FeatureSettings, seed: int) -> None:
         self.model, self.features, self.settings, self.seed = model, features, settings, seed
         self.embedding = model.model.embed_tokens.weight.detach()
+        self.ends = {memory.end_token for memory in model.model.memories.values()}
         self.pairs = {i: self._pairs(i, memory) for i, memory in model.model.memories.items()}
         self.by_page: dict[int, list[AskedFeatures]] = {}
         self.messages: dict[int, list[AskedFeatures]] = {}
@@ -370,7 +372,13 @@ class Reading:
             finals.append(torch.cat([*(q.final for q in asked), features.final[features.final_at[rows]]]).float())
             targets.append(torch.cat([*(q.target for q in asked), features.ids[rows + 1]]))
             sizes = [sum(len(q.target) for q in part) for part in (text.asked, text.unknown)]
-            kinds.append(torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([*sizes, SILENT])))
+            of_text = torch.tensor([0, 1, 2]).repeat_interleave(torch.tensor([*sizes, SILENT]))
+            place = sizes[0]
+            for question in text.unknown:
+                stop = place + len(question.target)
+                of_text[place:stop][self.given_end(question)] = NEITHER
+                place = stop
+            kinds.append(of_text)
         added, shares = self.added(texts)
         addressed = [self._addressed(index, texts, of_memory) for index, of_memory in shares.items()]
         final, target, kind = torch.cat(finals), self.place[torch.cat(targets)], torch.cat(kinds)
@@ -396,9 +404,21 @@ class Reading:
             losses["address"] = torch.stack(addressed).mean()
         return losses
 
+    def given_end(self, question: AskedFeatures) -> Tensor:
+        """``[A]``: of a question that nothing answers, where its value ends. The value is only given, and ends as every
+        one does: there what the base says is not what is right.
+        """
+        given = torch.zeros(len(question.target), dtype=torch.bool)
+        given[-1:] = question.fact >= 0 and not question.left_to_base and int(question.target[-1]) in self.ends
+        return given
+
     def _addressed(self, index: int, texts: list[Text], shares: list[Tensor]) -> Tensor:
-        """Mean negative log of the share of each answer token's own slots; ``shares`` ``[reads, pairs]`` a text."""
+        """Mean negative log of the share of each answer token's own slots, or of the end; ``shares`` ``[reads, pairs +
+        1]`` a text.
+        """
         features, losses = self.features, []
+        end = self.model.model.memories[index].end_token
+        end = -1 if end is None else end
         for text, share in zip(texts, shares, strict=True):
             left = [self._left(index, page, facts) for page, facts in text.pages]
             rows, strength = (torch.cat(parts) for parts in zip(*left, strict=True))
@@ -411,6 +431,7 @@ class Reading:
                     holds = own & (ids == target[:, None])
                     # a value's first token follows on whatever words the fact and the answer begin with
                     holds[1:] &= before == target[:-1, None]
+                    holds = torch.cat([holds, target[:, None] == end], 1)
                     asked = holds.any(1)
                     found = (share[first : first + len(target)] * holds).sum(1)
                     losses.append(-found[asked].clamp(min=1e-6).log())
@@ -471,7 +492,7 @@ class Reading:
 
     def reads(self, index: int, memory: MemoryAttention, texts: list[Text]) -> tuple[list[Tensor], list[Tensor] | None]:
         """What the memory adds at each text's answer tokens and plain tokens, ``[n, hidden]`` a text; and of rule
-        ``slot`` the share that each read has of each pair, ``[n, pairs]`` a text.
+        ``slot`` the share that each read has of each pair, and of the end, ``[n, pairs + 1]`` a text.
         """
         features, hidden, taps = self.features, self.features.hidden[index], memory.taps
         pairs: list[list[Tensor]] = []
@@ -510,15 +531,18 @@ class Reading:
         now = torch.zeros(len(texts), reads, hidden.shape[1])
         for i, (size, parts) in enumerate(zip(sizes, asking, strict=True)):
             now[i, :size] = torch.cat([part[taps - 1 :] for part in parts])
-        out = memory.read_out(now, memory.read_all(q_all, now, state))
+        out = memory.read_out(now, memory.read_all(q_all, now, state, memory.end_value(self.embedding)))
         added = [out[i, :size] for i, size in enumerate(sizes)]
         if state.slots is None:
             return added, None
-        numbers = torch.eye(most).expand(*state.M.shape[:2], most, most)
-        share = memory.read_all(q_all, now, state._replace(M=numbers))  # [texts, reads, heads, slots]
+        # each slot's value is its number; behind them all stands the end's
+        numbers = torch.eye(most + 1, most).expand(*state.M.shape[:2], -1, -1)
+        end = F.one_hot(torch.tensor([most])).float().expand(memory.num_key_value_heads, -1)
+        share = memory.read_all(q_all, now, state._replace(M=numbers), end)  # [texts, reads, heads, slots + 1]
+        ended = share[..., -1:].mean(2)
         written = ((beta > 0) & mask[..., None]).transpose(1, 2)  # [texts, memories, pairs]
         slot = most - written.sum(-1, keepdim=True) + written.cumsum(-1) - 1  # what was written last stands last
         groups = memory.num_heads // memory.num_key_value_heads
         slot, held = (x.repeat_interleave(groups, 1)[:, None] for x in (slot.clamp(min=0), written))
         share = (share.gather(-1, slot.expand(*share.shape[:3], -1)) * held).mean(2)
-        return added, [share[i, :size, : counts[i]] for i, size in enumerate(sizes)]
+        return added, [torch.cat([share[i, :size, : counts[i]], ended[i, :size]], -1) for i, size in enumerate(sizes)]

@@ -8,9 +8,10 @@ import torch
 
 from senri.training.fit import Reading
 
-# Answers that are counted: of all facts and of those told again; and those that the memory should leave to the base: to
-# facts that were not told, to what no page answers, and to messages that tell a fact themselves.
-RIGHT, LEFT_ALONE = ("right", "overwritten"), ("untold", "unrelated", "messages")
+# Answers that are counted: of all facts and of those told again, and those in the chat format that end behind their
+# value; and those that the memory should leave to the base: to facts that were not told, to what no page answers, and
+# to messages that tell a fact themselves.
+RIGHT, LEFT_ALONE = ("right", "overwritten", "ended"), ("untold", "unrelated", "messages")
 PLAIN, VALUES = "plain tokens written", "value tokens written"
 
 
@@ -18,8 +19,9 @@ PLAIN, VALUES = "plain tokens written", "value tokens written"
 def count_answers(reading: Reading, texts: int, seed: int) -> dict[str, tuple[int, int]]:
     """Good and all, of answers by kind and of the tokens written.
 
-    An answer is right when every token of its value is the most probable one behind the right ones before it; it is
-    left alone when every token that the base would say still is.
+    An answer is right when every token of its value is the most probable one behind the right ones before it; a chat
+    turn is ended when behind the right value its full stop and its end are; it is left alone when every token that the
+    base would say still is.
 
     Args:
         reading: of held-out pages; its memories as they are by now.
@@ -37,14 +39,17 @@ def count_answers(reading: Reading, texts: int, seed: int) -> dict[str, tuple[in
             now, before = ((x @ reading.embedding.T).argmax(-1) for x in (final + more, final))
             if place >= len(text.asked):
                 kind = "untold" if not question.left_to_base else "messages" if question.page >= 0 else "unrelated"
-                kinds, good = [kind], bool((now == before).all())
+                kinds, good = [kind], bool((now == before)[~reading.given_end(question)].all())
             elif question.fact < 0:
                 continue
             else:
                 facts = reading.features.facts[question.page]
                 kinds = ["right", *(["overwritten"] if facts.count(facts[question.fact]) > 1 else [])]
-                value = slice(len(question.target) - 2)  # the full stop, and the line's end
-                good = bool((now == question.target)[value].all())
+                hit, behind = now == question.target, len(question.target) - 2  # the full stop, and the answer's end
+                good = bool(hit[:behind].all())
+                if int(question.target[-1]) in reading.ends:
+                    count["ended"][0] += bool(hit[behind:].all())
+                    count["ended"][1] += 1
             for kind in kinds:
                 count[kind][0] += good
                 count[kind][1] += 1
