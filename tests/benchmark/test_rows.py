@@ -48,6 +48,7 @@ FEATURES = {
     "pages": 3,
     "page_size": 96,
     "questions": 1,
+    "learns": "all",
     "gate_steps": 1500,
     "gate_negative_weight": 8.0,
     "steps": 1000,

@@ -254,6 +254,7 @@ FEATURES = {
     "pages": 2,
     "page_size": 160,
     "questions": 1,
+    "learns": "all",
     "gate_steps": 20,
     "gate_negative_weight": 8.0,
     "steps": 4,

@@ -17,6 +17,7 @@ SETTINGS = FeatureSettings(
     pages=2,
     page_size=160,
     questions=2,
+    learns="all",
     gate_steps=5,
     gate_negative_weight=8.0,
     steps=4,
@@ -217,3 +218,28 @@ def test_the_end_of_a_chat_turn_must_be_one_token_to_all(make_reader, pages, tmp
             calibrates=True, dtype=torch.float32, notes={},
         )  # fmt: skip
     assert not (tmp_path / "run").exists(), "before anything is made"
+
+
+def test_the_end_alone_can_be_learned(make_reader, pages, tmp_path):
+    """Of a model that reads already: nothing else of it moves."""
+    model = make_reader(update_rule="slot")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = replace(SETTINGS, learns="end", gate_steps=0)
+
+    def run(model, settings, calibrates):
+        train_on_features(
+            model, pages, settings, 0, tmp_path / "run", {"model": "tiny"},
+            calibrates=calibrates, dtype=torch.float32, notes={},
+        )  # fmt: skip
+
+    for wrong in (
+        (model, settings, True),
+        (model, replace(settings, gate_steps=5), False),
+        (make_reader(), settings, 0),
+    ):
+        with pytest.raises(TrainingError, match="end needs an init_adapter of rule slot"):
+            run(*wrong)
+    assert not (tmp_path / "run").exists()
+    run(model, settings, False)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"model.layers.{i}.memory.slot_gate.end_{part}" for i in (1, 2) for part in ("key", "bias")}

@@ -23,6 +23,7 @@ SETTINGS = FeatureSettings(
     pages=2,
     page_size=160,
     questions=2,
+    learns="all",
     gate_steps=400,
     gate_negative_weight=8.0,
     steps=6,

@@ -11,7 +11,8 @@ from senri.training.fit_probe import LEFT_ALONE, RIGHT, count_answers
 from senri.training.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(
-    streams=4, pages=2, page_size=160, questions=2, gate_steps=5, gate_negative_weight=8.0, steps=2, texts=2,
+    streams=4, pages=2, page_size=160, questions=2, learns="all", gate_steps=5,
+    gate_negative_weight=8.0, steps=2, texts=2,
     fact_pages=3, plain_pages=1, learning_rate=1e-3, gate_learning_rate=5e-3, weight_decay=0.0, save_steps=2,
 )  # fmt: skip
 

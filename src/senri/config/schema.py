@@ -142,6 +142,7 @@ class FeaturesConfig(Section):
     pages: Positive
     page_size: Positive
     questions: Positive
+    learns: Literal["all", "end"]
     gate_steps: Count
     gate_negative_weight: PositiveReal
     steps: Positive

@@ -62,6 +62,10 @@ def train_on_features(
     """
     check_model(model)
     _check_ends(model, source)
+    if settings.learns == "end" and (calibrates or settings.gate_steps or not all(_ends(model))):
+        raise TrainingError(
+            "features.learns end needs an init_adapter of rule slot, which stays as it is otherwise, and gate_steps 0"
+        )
     if calibrates and not settings.gate_steps:
         raise TrainingError("gate_steps 0 keeps the write gate of init_adapter, and there is none: name one")
     checkpoint.open_folder(folder, identity)
@@ -80,7 +84,8 @@ def train_on_features(
         show(entry)
 
     try:
-        prepare(model, features, addresses=calibrates)
+        if settings.learns == "all":
+            prepare(model, features, addresses=calibrates)
         gates = {str(i): memory.write_gate for i, memory in model.model.memories.items()}
         if (folder / GATES).is_file():
             for i, weights in torch.load(folder / GATES, weights_only=True).items():
@@ -106,8 +111,12 @@ def train_on_features(
     return folder / ADAPTER
 
 
+def _ends(model: SenriForCausalLM) -> list[int | None]:
+    return [memory.end_token for memory in model.model.memories.values()]
+
+
 def _check_ends(model: SenriForCausalLM, source: RecallPages) -> None:
-    ends = {memory.end_token for memory in model.model.memories.values()} - {None}
+    ends = {*_ends(model)} - {None}
     trained = source.tokenizer.eos_token_id
     if source.forms.chat and ends and ends != {trained}:
         raise TrainingError(

@@ -263,7 +263,9 @@ class Reading:
         groups: dict[str, list[nn.Parameter]] = {"rest": [], "gates": []}
         for memory in self.model.model.memories.values():
             for name, parameter in memory.named_parameters():
-                if not name.startswith(("write_gate.", "v_proj.", "o_proj.")):
+                if self.settings.learns == "end":
+                    groups["gates"] += [parameter] if name.startswith("slot_gate.end_") else []
+                elif not name.startswith(("write_gate.", "v_proj.", "o_proj.")):
                     quick = name.startswith(("read_gate.", "slot_gate.")) or name.endswith(("_conv", "context.bias"))
                     groups["gates" if quick else "rest"].append(parameter)
         return groups

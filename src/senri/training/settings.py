@@ -28,6 +28,7 @@ class FeatureSettings:
     pages: int
     page_size: int
     questions: int
+    learns: str
     gate_steps: int
     gate_negative_weight: float
     steps: int
