@@ -263,11 +263,12 @@ def test_some_questions_follow_on_another_one_and_its_answer(fact_pages, real_to
     """In one conversation, as people ask."""
     follow, of_chats = [], Counter()
     for page in fact_pages:
-        texts = texts_of(page, real_tokenizer)
-        for question in page.questions:
+        prompts = [real_tokenizer.decode(question.exchange.prompt) for question in page.questions]
+        told_of = [value_of(question, real_tokenizer)[0] for question in page.questions]
+        values = {STEM.findall(text)[0]: value for text, value in zip(prompts, told_of, strict=True)}
+        for question, asked in zip(page.questions, prompts, strict=True):
             exchange = answered(question, real_tokenizer)[1]
             follow.append(bool(exchange))
-            asked = real_tokenizer.decode(question.exchange.prompt)
             assert asked.startswith("\nQuestion:" if exchange and "im_start" not in asked else "\n") or not exchange
             if not exchange:
                 continue
@@ -275,10 +276,10 @@ def test_some_questions_follow_on_another_one_and_its_answer(fact_pages, real_to
             assert chat == ("<|im_start|>" in asked), "in the same format"
             assert "system" not in asked, "which begins once"
             of_chats[chat] += 1
-            value = re.search(r"(?:Answer:|assistant\n)(.*)(\.\n|\.<\|im_end\|>)$", exchange).group(1)
-            assert any(text.rstrip(".!;").split()[-1] in value or value.split()[-1] in text for text in texts)
             (before,), (now,) = STEM.findall(exchange), STEM.findall(asked)
             assert before != now
+            said = re.search(r"(?:Answer:|assistant\n)(.*)\.(?:\n|<\|im_end\|>)$", exchange).group(1)
+            assert re.search(rf"(?<![\w-]){re.escape(values[before])}$", said), "what the page told"
     assert 0.5 * FOLLOWS < np.mean(follow) < 1.5 * FOLLOWS
     assert min(of_chats[True], of_chats[False]) > 5
 

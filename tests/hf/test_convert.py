@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import senri
 from senri.hf.base import find_gguf, load_tokenizer, resolve_dtype
 from senri.hf.convert import convert_qwen_to_senri, convert_to_senri, take_over
+from senri.hf.decoder import build_memory
 
 OPTIONS = {"sliding_window_size": 16, "num_memory_layers": 1, "first_memory_layer": 1}
 
@@ -172,3 +173,13 @@ def test_grouped_memory_heads_start_matched(make_senri):
     read = torch.cat([values[head // 2] @ stored for head in range(4)])
     expected = memory.v_proj.weight.T @ (memory.v_proj.weight @ stored)  # its projection on what the heads hold
     torch.testing.assert_close(memory.o_proj(read), expected)
+
+
+@pytest.mark.parametrize(("eos", "end"), [(0, 0), (7, 7), ([5, 3, 6], 6), ([], None), (None, None)])
+def test_the_end_that_a_memory_says_is_that_of_a_chat_turn(make_senri, eos, end):
+    """Of several the last, as Llama's instruction models list them."""
+    config = make_senri(update_rule="slot", memory_readout="head").config
+    config.eos_token_id = eos
+    memory = build_memory(config, config.memory_layers[0])
+    assert memory.end_token == end
+    assert memory.slot_gate.ends == (end is not None)

@@ -58,11 +58,11 @@ def train_on_features(
 
     Raises:
         TrainingError: see :func:`senri.training.fit.check_model`; a model to which another token is the end of a chat
-            turn than to the tokenizer; and a folder with another run.
+            turn than to the tokenizer; ``learns`` end without what it goes on from; and a folder with another run.
     """
     check_model(model)
     _check_ends(model, source)
-    if settings.learns == "end" and (calibrates or settings.gate_steps or not all(_ends(model))):
+    if settings.learns == "end" and (calibrates or settings.gate_steps or None in _ends(model)):
         raise TrainingError(
             "features.learns end needs an init_adapter of rule slot, which stays as it is otherwise, and gate_steps 0"
         )
