@@ -50,7 +50,7 @@ FEATURES = {
     "questions": 1,
     "learns": "all",
     "gate_steps": 1500,
-    "gate_negative_weight": 8.0,
+    "write_rate": 0.01,
     "steps": 1000,
     "texts": 1,
     "fact_pages": 2,

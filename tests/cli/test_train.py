@@ -256,7 +256,7 @@ FEATURES = {
     "questions": 1,
     "learns": "all",
     "gate_steps": 20,
-    "gate_negative_weight": 8.0,
+    "write_rate": 0.01,
     "steps": 4,
     "texts": 2,
     "fact_pages": 2,

@@ -21,7 +21,19 @@ from senri.data.needle_tasks import KINDS as HELD_OUT_KINDS
 from senri.data.samples import SampleError
 from senri.data.training_facts import KINDS, TELLINGS
 from senri.data.training_forms import OPENINGS, Forms
-from senri.data.training_recall import LINKS, Asked, chain, needle, overwritten, whereabouts
+from senri.data.training_questions import NAMED, OTHERS, other_questions
+from senri.data.training_recall import (
+    ABOVE,
+    LINKS,
+    OTHERWISE,
+    Asked,
+    chain,
+    labelled,
+    needle,
+    overwritten,
+    tell,
+    whereabouts,
+)
 
 LENGTH, WINDOW = 1024, 256
 STORY = Story(
@@ -217,8 +229,8 @@ def test_books_are_packed_with_separators_and_all_of_it_is_scored(make, real_tok
 
 
 FORMS = {
-    "text": re.compile(r"\n\nQuestion: (.+\?)\nAnswer:(?: (\S.*))?"),
-    "chat": re.compile(r"(?:<\|im_start\|>system\n.*<\|im_end\|>)?\n<\|im_start\|>user\n(.+\?)<\|im_end\|>\n"
+    "text": re.compile(r"\n\nQuestion: (.+[?.])\nAnswer:(?: (\S.*))?"),
+    "chat": re.compile(r"(?:<\|im_start\|>system\n.*<\|im_end\|>)?\n<\|im_start\|>user\n(.+[?.])<\|im_end\|>\n"
                        r"<\|im_start\|>assistant\n(\S.*)?"),
 }  # fmt: skip
 
@@ -296,11 +308,14 @@ def test_needles_tell_one_two_or_four_facts_and_ask_for_some(make, real_tokenize
 
 def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
     """The secret key, told and asked in the words of the evaluation."""
-    mix = make("needle")
+    mix, above = make("needle"), "What is the secret key mentioned above?"
     key = re.compile(r"KEY-[A-Z]{3}\d{5}")
     spoken = "The secret key is", "The secret key mentioned above is"
     seen = Counter()
-    for i in range(2400):
+    wanted = {(above, begun, f" VALUE.{end}") for begun, end in product((True, False), ("\n", "<|im_end|>"))}
+    for i in range(8000):
+        if wanted <= seen.keys():
+            break
         sample = mix[i]
         whole = real_tokenizer.decode(sample.ids)
         for value, _, (_, stop) in values(sample, real_tokenizer):
@@ -309,13 +324,19 @@ def test_values_and_answers_are_the_tellings_own(make, real_tokenizer):
                 assert key.fullmatch(value)
                 for _, question, begun, answer in exchanges(sample, real_tokenizer):
                     if answered(answer, value):
-                        assert question in ("What is the secret key mentioned above?", "What is the secret key?")
+                        assert question in (above, "What is the secret key?", *OTHERS[above])
                         seen[question, begun != "", answer.replace(value, "VALUE")] += 1
                         assert begun.removesuffix(":") in ("", *OPENINGS, *spoken)
                         assert whole.count(value) == 2
-    above = "What is the secret key mentioned above?"
-    for begun, end in product((True, False), ("\n", "<|im_end|>")):
-        assert seen[above, begun, f" VALUE.{end}"], (begun, end)
+    assert wanted <= seen.keys()
+
+
+@pytest.mark.parametrize("value", ["5512", "a cook", "KEY-ABC12345", "copper-falcon"])
+def test_what_is_labelled_is_what_the_answer_says(real_tokenizer, value):
+    for fact in (" It belongs to {key}: {value}.", " It belongs to {key}, and is {value}."):
+        ids, labels = labelled(real_tokenizer, tell(fact, "Bo", value))
+        assert [i for i, label in zip(ids, labels, strict=True) if label == 1] == encode(real_tokenizer, f" {value}.")
+        assert set(labels.tolist()) == {1, -1}
 
 
 def test_the_passkeys_number_is_labelled_both_times(make, real_tokenizer):
@@ -348,7 +369,7 @@ def test_the_last_of_an_overwritten_fact_is_asked_for(make, real_tokenizer):
 def test_the_last_secret_key_is_asked_for_as_the_evaluation_does():
     wanted = NIAH["overwritten"].wordings[0].question
     found = set()
-    for i in range(400):
+    for i in range(1000):
         (asked,) = overwritten(Random(i)).asked
         found.add(re.sub(r"of \w+ \w+", "of {key}", f"\n\nQuestion: {asked.question}\nAnswer: {asked.begun}"))
     assert wanted in found
@@ -381,7 +402,7 @@ def test_facts_and_questions_fit_together(make_recall):
         told = [told.text[a:b] for told in recall.told for a, b in told.values]
         for asked in recall.asked:
             assert asked.value in told
-            assert asked.question.endswith("?")
+            assert asked.question[-1] in "?."
             assert "{" not in asked.question + asked.begun
             assert asked.question.count("mentioned above") <= 1
         stems = [asked.question.removesuffix("?").removesuffix(" mentioned above") for asked in recall.asked]
@@ -619,9 +640,8 @@ def test_no_value_is_a_held_out_one():
 
 
 def test_no_wording_is_a_held_out_one():
-    ours = [text for t in TELLINGS for text in (t.fact, t.question, t.begun)] + [
-        text for link in LINKS for text in link
-    ]
+    ours = [text for t in TELLINGS for text in (t.fact, t.question, t.begun, *other_questions(t))]
+    ours += [text for link in LINKS for text in link]
     plain = [re.sub(r"\{\w+\}", "", text).lower() for text in ours]
     phrases = (
         "born",
@@ -633,17 +653,44 @@ def test_no_wording_is_a_held_out_one():
         "telephone",
         "password",
         "enter the",
+        # as one may ask for the same without the facts' own words
+        "birthplace",
+        "food",
+        "job",
+        "profession",
+        "phone",
     )
     assert not [(phrase, text) for phrase in phrases for text in plain if re.search(rf"\b{phrase}", text)]
     for _, wording in HELD_OUT:
         assert any(phrase in wording.fact.lower() for phrase in phrases), "the phrases above are those of all of them"
         asked = wording.question.partition("Question: ")[2].partition("\n")[0]
-        assert wording.fact not in ours
-        assert asked not in ours
+        assert not {wording.fact, asked, *wording.reworded} & {*ours}
     for task in RULER_NIAH.values():
         assert all(wording.fact not in ours for wording in task.wordings)
     assert not [text for text in ours if "VAR" in text or "variable" in text.lower()], "variable tracking's words"
     assert "VAR" in ruler._assignments(["A"], "1")[0]
+
+
+def test_each_telling_is_asked_for_in_other_words_too():
+    questions = {telling.question for telling in TELLINGS}
+    assert {*OTHERS} <= questions
+    for telling in TELLINGS:
+        others = other_questions(telling)
+        assert len({*others, telling.question}) == len(others) + 1 >= 4
+        assert all(("{key}" in text) == (telling.key != "") and text[-1] in "?." for text in others), others
+        assert not any("{noun}" in text for text in others)
+    assert other_questions(next(t for t in TELLINGS if "middle name" in t.question))[0] == NAMED[0].replace(
+        "{noun}", "middle name"
+    )
+
+
+def test_questions_are_often_in_other_words_than_the_facts():
+    asked = [needle(Random(i), small=True).asked[0].question for i in range(600)]
+    plain = [
+        re.compile(re.sub(r"\\{key\\}", r"[\\w ]+", re.escape(t.question[:-1].removesuffix(ABOVE)))) for t in TELLINGS
+    ]
+    share = sum(any(p.match(question) for p in plain) for question in asked) / len(asked)
+    assert abs(1 - share - OTHERWISE) < 0.08
 
 
 def test_no_sample_tells_a_held_out_name(make, real_tokenizer):

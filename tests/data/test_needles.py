@@ -610,12 +610,12 @@ def test_distances_are_exact(books, real_tokenizer):
 TOGETHER = [task for name, task in NIAH.items() if task.haystack == "books" and task.by_depth and name != "single_free"]
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer, chat):
+@pytest.mark.parametrize("form", ["together", "chat", "reworded"])
+def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer, form):
     lengths, depths = (1500, 3000), (0.1, 0.5, 0.8)
     placed = set()
     for sample in range(6):
-        grid = {"lengths": lengths, "depths": depths, "seed": 1, "sample": sample, "chat": chat}
+        grid = {"lengths": lengths, "depths": depths, "seed": 1, "sample": sample, "form": form}
         contexts = together_contexts(TOGETHER, books, real_tokenizer, **grid)
         again = together_contexts(TOGETHER, books, real_tokenizer, **grid)
         assert [c.ids.tolist() for c in contexts] == [c.ids.tolist() for c in again]
@@ -623,15 +623,17 @@ def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer, chat):
             text = real_tokenizer.decode(context.ids)
             assert len(context.questions) == len(TOGETHER) == 8
             for task, question in zip(TOGETHER, context.questions, strict=True):
-                assert question.cell["task"] == f"{'chat' if chat else 'together'}_{task.name}"
+                assert question.cell["task"] == f"{form}_{task.name}"
                 asked = real_tokenizer.decode(question.prompt)
-                if chat:
-                    (user,) = re.findall(r"<\|im_start\|>user\n(.*\?)<\|im_end\|>\n", asked)
+                if form != "together":
+                    (user,) = re.findall(r"<\|im_start\|>user\n(.*[?.])<\|im_end\|>\n", asked)
                     turns = [{"role": "user", "content": user}]
                     whole = real_tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
                     assert (asked, question.stop) == (whole, "")
-                    words = task.wordings[sample % len(task.wordings)].question.split("\n")[2]
-                    pattern = re.escape(words.removeprefix("Question: ")).replace(r"\{key\}", r"\w+ \w+")
+                    wording = task.wordings[sample % len(task.wordings)]
+                    plain = [wording.question.split("\n")[2].removeprefix("Question: ")]
+                    words = plain if form == "chat" else wording.reworded
+                    pattern = re.escape(words[sample % len(words)]).replace(r"\{key\}", r"\w+ \w+")
                     assert re.fullmatch(pattern, user)
                 else:
                     assert "\nAnswer: " in asked
@@ -647,7 +649,7 @@ def test_the_facts_of_all_tasks_in_one_text(books, real_tokenizer, chat):
                 assert -0.15 * length < start - wanted < 0.15 * length
                 placed.add((task.name, question.cell["depth"]))
             (last,) = (q for q, t in zip(context.questions, TOGETHER, strict=True) if t.overwritten)
-            name = real_tokenizer.decode(last.prompt).partition("last secret key of ")[2].partition(" mentioned")[0]
+            name = re.search(r"(?:key of|key has) (\w+ \w+)", real_tokenizer.decode(last.prompt)).group(1)
             told = [m.start() for m in re.finditer(f"The secret key of {name} is", text)]
             assert len(told) == 3
             assert text.index(last.answers[0]) > max(told)
@@ -658,4 +660,4 @@ def test_no_chat_without_a_chat_format(books, real_tokenizer):
     plain = deepcopy(real_tokenizer)
     plain.chat_template = None
     with pytest.raises(SampleError, match="no chat format: leave the task together_chat out"):
-        together_contexts(TOGETHER, books, plain, lengths=[1500], depths=[0.5], seed=0, sample=0, chat=True)
+        together_contexts(TOGETHER, books, plain, lengths=[1500], depths=[0.5], seed=0, sample=0, form="chat")

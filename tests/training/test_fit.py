@@ -25,7 +25,7 @@ SETTINGS = FeatureSettings(
     questions=2,
     learns="all",
     gate_steps=400,
-    gate_negative_weight=8.0,
+    write_rate=0.01,
     steps=6,
     texts=2,
     fact_pages=2,
@@ -129,7 +129,8 @@ def test_a_gate_is_shut_for_plain_text_and_open_for_what_is_asked(make_senri, se
         hidden, surprise = separable.hidden[index], separable.surprise
         with torch.no_grad():
             strength = memory.write_gate.strength(memory.write_gate(hidden, hidden.roll(-1, 0), surprise))
-            assert (strength[plain] == 0).all()
+            written = (strength[plain] > 0).float().mean()
+            assert abs(written - SETTINGS.write_rate) < 0.002, "of the plain tokens as many as are asked for"
             assert strength[asked].min() > 0.5
             # the weights that are left take the inputs as they are
             double = hidden.double()
@@ -138,6 +139,25 @@ def test_a_gate_is_shut_for_plain_text_and_open_for_what_is_asked(make_senri, se
             raw = copy.deepcopy(memory.write_gate).double()
             found = raw(double, double.roll(-1, 0), surprise.double())
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_a_gate_is_shut_for_the_words_around_a_value(make_senri, separable):
+    """They look like values where nothing tells the gate otherwise: half of what makes a value is their mark, too."""
+    around = separable.write == -1
+    for index, hidden in separable.hidden.items():
+        mark = hidden[separable.write == 1].mean(0) - hidden[separable.write == 0].mean(0)
+        hidden[around] += mark * (torch.arange(32) % 2)
+        separable.hidden[index] = hidden
+    model = make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head")
+    fit_write_gates(model, separable, SETTINGS, 0)
+    inside = torch.ones(3000, dtype=torch.bool)
+    inside[999::1000] = False  # nothing follows
+    for index, memory in model.model.memories.items():
+        hidden = separable.hidden[index]
+        with torch.no_grad():
+            strength = memory.write_gate.strength(memory.write_gate(hidden, hidden.roll(-1, 0)))
+        assert strength[around & inside].mean() < 0.05
+        assert strength[(separable.write == 1) & inside].mean() > 0.9
 
 
 def test_a_gate_is_the_same_whenever_it_is_fitted(make_senri, separable):

@@ -12,7 +12,7 @@ from senri.training.settings import FeatureSettings
 
 SETTINGS = FeatureSettings(
     streams=4, pages=2, page_size=160, questions=2, learns="all", gate_steps=5,
-    gate_negative_weight=8.0, steps=2, texts=2,
+    write_rate=0.01, steps=2, texts=2,
     fact_pages=3, plain_pages=1, learning_rate=1e-3, gate_learning_rate=5e-3, weight_decay=0.0, save_steps=2,
 )  # fmt: skip
 

@@ -21,7 +21,8 @@ Trainable = Literal["memory", "memory+lora", "all"]
 SuiteName = Literal["niah", "recall_by_writes", "perplexity", "capacity", "reversal", "ruler", "babilong"]
 NiahTask = Literal[
     "single", "single_free", "passkey", "multikey", "multivalue", "multiquery", "overwritten", "shared", "together",
-    "together_chat", "wording_city", "wording_food", "wording_job", "wording_number", "wording_words",
+    "together_chat", "together_reworded", "wording_city", "wording_food", "wording_job", "wording_number",
+    "wording_words",
 ]  # fmt: skip
 RulerTask = Literal[
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
@@ -144,7 +145,7 @@ class FeaturesConfig(Section):
     questions: Positive
     learns: Literal["all", "end"]
     gate_steps: Count
-    gate_negative_weight: PositiveReal
+    write_rate: NonZeroRatio
     steps: Positive
     texts: Positive
     fact_pages: Positive

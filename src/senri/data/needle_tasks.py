@@ -22,6 +22,7 @@ class Wording:
     fact: str
     question: str
     head: str = ""  # before the haystack
+    reworded: tuple[str, ...] = ()  # as somebody asks who does not remember the fact's words
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,28 @@ KINDS: dict[str, Callable[[Random], str]] = {
 # The questions begin the answer in the fact's own words, as RULER's do: a small model that was never taught a form of
 # answer finds what stands in plain sight four times as often (docs/LOG.md). "single_free" leaves the answer open.
 _FREE = Wording(" The secret key is: {value}.", "\n\nQuestion: What is the secret key mentioned above?\nAnswer:")
-_PLAIN = Wording(_FREE.fact, _FREE.question + " The secret key is:")
+_PLAIN = Wording(
+    _FREE.fact, _FREE.question + " The secret key is:",
+    reworded=("What was the key that is secret?", "I have forgotten the secret key. What is it?"),
+)  # fmt: skip
 _PASSKEY = Wording(
     " The pass key is {value}. Remember it. {value} is the pass key.",
     "\n\nQuestion: What is the pass key mentioned above?\nAnswer: The pass key is",
 )
 
 
-def _named(asked: str, begun: str, verb: str) -> Wording:
+def _named(asked: str, begun: str, verb: str, *reworded: str) -> Wording:
     question = f"\n\nQuestion: What {asked} of {{key}} mentioned above?\nAnswer: The {begun} of {{key}} {verb}"
-    return Wording(" The secret key of {key} is: {value}.", question)
+    return Wording(" The secret key of {key} is: {value}.", question, reworded=reworded)
 
 
-_NAMED = _named("is the secret key", "secret key", "is:")
-_LAST = _named("is the last secret key", "last secret key", "is:")
+_NAMED = _named(
+    "is the secret key", "secret key", "is:", "Which key does {key} keep secret?", "I need {key}'s key. What is it?"
+)
+_LAST = _named(
+    "is the last secret key", "last secret key", "is:", "Which secret key has {key} now?",
+    "What is the newest secret key of {key}?",
+)  # fmt: skip
 _ALL = _named("are all the secret keys", "secret keys", "are:")
 # Never trained on: training draws from the wordings above only.
 HELD_OUT = (
@@ -88,6 +97,7 @@ HELD_OUT = (
         Wording(
             " {key} was born in {value}.",
             "\n\nQuestion: In which city was {key} born?\nAnswer: {key} was born in",
+            reworded=("Where was {key} born?", "What is {key}'s birthplace?", "Can you tell me where {key} was born?"),
         ),
     ),
     (
@@ -95,6 +105,11 @@ HELD_OUT = (
         Wording(
             " What {key} likes to eat best is {value}.",
             "\n\nQuestion: What does {key} like to eat best?\nAnswer: {key} likes to eat",
+            reworded=(
+                "What is {key}'s favourite food?",
+                "Which food does {key} like best?",
+                "What does {key} prefer to eat?",
+            ),
         ),
     ),
     (
@@ -102,6 +117,7 @@ HELD_OUT = (
         Wording(
             " {key} earned a living for many years as {value}.",
             "\n\nQuestion: As what did {key} earn a living?\nAnswer: {key} earned a living as",
+            reworded=("What did {key} do for a living?", "What was {key}'s job?", "What was the profession of {key}?"),
         ),
     ),
     (
@@ -109,6 +125,11 @@ HELD_OUT = (
         Wording(
             " The telephone number of {key} is {value}.",
             "\n\nQuestion: What is the telephone number of {key}?\nAnswer: The telephone number is",
+            reworded=(
+                "What's the phone number of {key}?",
+                "Which number must I call to reach {key}?",
+                "Please give me {key}'s telephone number.",
+            ),
         ),
     ),
     (
@@ -116,6 +137,11 @@ HELD_OUT = (
         Wording(
             " Whoever wants to enter the house of {key} has to say the password {value}.",
             "\n\nQuestion: Which password opens the house of {key}?\nAnswer: The password is",
+            reworded=(
+                "What is the password of {key}'s house?",
+                "What must one say to enter the house of {key}?",
+                "How can I get into the house of {key}?",
+            ),
         ),
     ),
 )

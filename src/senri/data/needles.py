@@ -93,7 +93,13 @@ class _Facts:
         if task.overwritten:
             self.asked = self.asked[-1:]
         self.answers = [values[i] for i in self.asked]
-        self.question = wording.question.format(key=_listed([keys[i] for i in chosen]))
+        self.wording, self.whose = wording, _listed([keys[i] for i in chosen])
+        self.question = wording.question.format(key=self.whose)
+
+    def reworded(self, sample: int) -> str:
+        """The question in other words, which samples take in turn."""
+        others = self.wording.reworded
+        return others[sample % len(others)].format(key=self.whose)
 
     def placed(self, depth: float | None) -> list[tuple[str, float]]:
         """Each text with its place in [0, 1]."""
@@ -194,26 +200,29 @@ def together_contexts(
     depths: Sequence[float],
     seed: int,
     sample: int,
-    chat: bool = False,
+    form: str = "together",
 ) -> list[Context]:
     """For each length one context that holds the facts of all ``tasks``, read once for all their questions.
 
     All facts distract from each other: harder than a context for each task, and cheaper by their number. A task's
-    asked fact takes the depths in turn, from sample to sample. The cell's task is ``together_NAME``.
+    asked fact takes the depths in turn, from sample to sample.
 
     Args:
-        chat: ask in the tokenizer's chat format and leave the answer open, as a user does, instead of beginning it.
-            The cell's task is then ``chat_NAME``, and the text ends some tokens earlier.
+        form: ``together``: the answer is begun. ``chat``: asked in the tokenizer's chat format and left open, as a user
+            does; the text ends some tokens earlier. ``reworded``: so, and in other words than the fact's. The cell's
+            task is ``FORM_NAME``.
 
     Raises:
-        SampleError: see :func:`needle_contexts`; ``chat`` and a tokenizer that has no chat format.
+        SampleError: see :func:`needle_contexts`; a tokenizer that has no chat format, where one is needed.
     """
+    chat = form != "together"
     if chat and not tokenizer.chat_template:
-        raise SampleError("the model has no chat format: leave the task together_chat out")
+        raise SampleError(f"the model has no chat format: leave the task together_{form} out")
     base = f"{seed}/together/{sample}"
     facts = _of_different_people(tasks, base, sample)
     asked_at = [depths[(sample + number) % len(depths)] if task.by_depth else None for number, task in enumerate(tasks)]
-    questions = [_turn(tokenizer, made.question) if chat else encode(tokenizer, made.question) for made in facts]
+    asked = [made.reworded(sample) if form == "reworded" else made.question for made in facts]
+    questions = [(_turn if chat else encode)(tokenizer, question) for question in asked]
     rooms = [CHAT_TOKENS if chat else task.max_new_tokens for task in tasks]
     longest = max(len(q) + room for q, room in zip(questions, rooms, strict=True))
     contexts = []
@@ -239,7 +248,7 @@ def together_contexts(
                         answers=tuple(made.answers),
                         max_new_tokens=rooms[number],
                         cell={
-                            "task": f"{'chat' if chat else 'together'}_{made.task.name}",
+                            "task": f"{form}_{made.task.name}",
                             "length": length,
                             "depth": asked_at[number],
                         },

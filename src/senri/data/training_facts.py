@@ -13,6 +13,7 @@ from random import Random
 
 MADE_UP = 0.3  # share of the names and words that are made up
 COMMON = 0.4  # share of the words that are any word of a book, of whatever kind
+COMPOSED = 0.5  # share of the things, dishes, callings and the like that no list has
 FIRST = (
     "Abel", "Adela", "Alice", "Amos", "Anna", "Arthur", "Beatrix", "Benjamin", "Bertha", "Boris", "Bridget", "Caleb",
     "Caspar", "Cora", "Cyril", "Delia", "Dmitri", "Dora", "Edgar", "Eleanor", "Elias", "Enid", "Ernest", "Eva", "Ezra",
@@ -80,6 +81,18 @@ CALLINGS = (
     "a poet", "a porter", "a printer", "a saddler", "a singer", "a soldier", "a spy", "a stoker", "a waiter",
     "an actor", "an admiral", "an architect", "an astronomer", "an engineer", "an usher",
 )  # fmt: skip
+# what composed values end or begin with; none that ends a held-out food or job
+COURSES = (
+    "broth", "buns", "chutney", "crumble", "custard", "fritters", "hash", "jelly", "mousse", "noodles", "omelette",
+    "pasties", "pickle", "pottage", "ragout", "rolls", "sauce", "trifle", "waffles",
+)  # fmt: skip
+HANDS = (
+    "apprentice", "collector", "cutter", "dealer", "doctor", "grinder", "inspector", "maker", "mender", "merchant",
+    "officer", "picker", "polisher", "seller", "smuggler", "trader", "trainer", "warden", "washer", "worker",
+)  # fmt: skip
+SHADES = ("bright", "dark", "deep", "dull", "faded", "light", "pale", "warm")
+LEARNING = ("art", "craft", "history", "law", "science", "theory")
+ENDINGS = ("berg", "bury", "field", "ford", "ham", "mouth", "stad", "ton", "ville", "wick")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
@@ -144,6 +157,66 @@ def _words(rng: Random) -> str:
     return rng.choice((_word(rng), f"{_word(rng)}-{_word(rng)}", f"{_word(rng)} {_word(rng)}"))
 
 
+def _an(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _thing(rng: Random) -> str:
+    of = rng.choice((rng.choice(COLOURS), rng.choice(MATERIALS), _word(rng)))
+    return _an(f"{of} {rng.choice((*WORDS, _made_up(rng)))}")
+
+
+def _dish(rng: Random) -> str:
+    return rng.choice((
+        f"{_word(rng)} {rng.choice(COURSES)}",
+        f"{rng.choice(COURSES)} with {_word(rng)}",
+        f"{_word(rng)} and {_word(rng)}",
+        _made_up(rng),
+    ))  # fmt: skip
+
+
+def _calling(rng: Random) -> str:
+    return _an(rng.choice((
+        f"{_word(rng)} {rng.choice(HANDS)}",
+        f"{_word(rng)} {rng.choice(HANDS)}",
+        f"{_made_up(rng)}{rng.choice(('er', 'ist', 'man', 'or', 'wright'))}",
+        f"{rng.choice(WORDS)}{rng.choice(('ist', 'man', 'monger', 'wright'))}",
+    )))  # fmt: skip
+
+
+def _animal(rng: Random) -> str:
+    return rng.choice(
+        (f"{_word(rng)} {rng.choice(ANIMALS)}", f"{rng.choice(COLOURS)} {rng.choice(ANIMALS)}", _made_up(rng))
+    )
+
+
+def _colour(rng: Random) -> str:
+    return f"{rng.choice((rng.choice(SHADES), _word(rng)))} {rng.choice(COLOURS)}"
+
+
+def _trade(rng: Random) -> str:
+    return rng.choice((f"the {rng.choice(LEARNING)} of {_word(rng)}", f"{_word(rng)} {rng.choice(TRADES)}", _word(rng)))
+
+
+def _material(rng: Random) -> str:
+    return rng.choice(
+        (f"{_word(rng)} {rng.choice(MATERIALS)}", f"{rng.choice(COLOURS)} {rng.choice(MATERIALS)}", _word(rng))
+    )
+
+
+def _place(rng: Random) -> str:
+    if rng.random() >= COMPOSED / 2:
+        return _name(PLACES, rng)
+    name = _made_up(rng).capitalize()
+    return rng.choice(
+        (f"{rng.choice(('Port', 'New', 'Saint', 'Fort', 'Upper'))} {name}", f"{name}{rng.choice(ENDINGS)}")
+    )
+
+
+def _listed(values: tuple[str, ...], composed: Callable[[Random], str]) -> Callable[[Random], str]:
+    return lambda rng: composed(rng) if rng.random() < COMPOSED else rng.choice(values)
+
+
 def _letters(rng: Random, count: int) -> str:
     return "".join(rng.choices(string.ascii_uppercase, k=count))
 
@@ -193,15 +266,15 @@ KINDS: dict[str, Callable[[Random], str]] = {
     "number": _number,
     "year": lambda rng: str(rng.randrange(1400, 2000)),
     "person": _person,
-    "place": lambda rng: _name(PLACES, rng),
-    "thing": lambda rng: rng.choice(THINGS),
-    "animal": lambda rng: rng.choice(ANIMALS),
-    "colour": lambda rng: rng.choice(COLOURS),
-    "dish": lambda rng: rng.choice(DISHES),
-    "calling": lambda rng: rng.choice(CALLINGS),
-    "trade": lambda rng: rng.choice(TRADES),
+    "place": _place,
+    "thing": _listed(THINGS, _thing),
+    "animal": _listed(ANIMALS, _animal),
+    "colour": _listed(COLOURS, _colour),
+    "dish": _listed(DISHES, _dish),
+    "calling": _listed(CALLINGS, _calling),
+    "trade": _listed(TRADES, _trade),
     "moment": _moment,
-    "material": lambda rng: rng.choice(MATERIALS),
+    "material": _listed(MATERIALS, _material),
     "sum": lambda rng: f"{_number(rng)} {rng.choice(COINS)}",
     "word": _words,
 }

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from senri.data.training_facts import FIRST, KINDS, ROOMS, TELLINGS, Telling
+from senri.data.training_questions import other_questions
 
 ABOVE = " mentioned above"
 COLON_LEFT_OUT = 0.3  # share of the answers
+OTHERWISE = 0.6  # share of the questions that are not in the words in which the fact is told
 _WHAT = "What is the "
 
 
@@ -85,12 +87,16 @@ def tell(fact: str, key: str, value: str, about: str = "") -> Told:
 
 
 def labelled(tokenizer: Any, told: Told) -> tuple[tuple[int, ...], np.ndarray]:
-    """A fact's token ids, and for each: 1 for the values and the token right behind each, else -1."""
+    """A fact's token ids, and for each: 1 for the values and the token right behind each, else -1.
+
+    A space that is a token of its own belongs to its value, as in the answer: before numbers there is one.
+    """
     coded = tokenizer(told.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     labels = np.full(len(coded["input_ids"]), -1, dtype=np.int8)
     for start, stop in told.values:
         inside = [i for i, (a, b) in enumerate(coded["offset_mapping"]) if a < stop and b > start]
-        labels[inside[0] : inside[-1] + 2] = 1
+        a, b = coded["offset_mapping"][max(inside[0] - 1, 0)]
+        labels[inside[0] - (told.text[a:b] == " ") : inside[-1] + 2] = 1
     return tuple(coded["input_ids"]), labels
 
 
@@ -219,6 +225,8 @@ def _names(count: int, rng: Random) -> list[str]:
 def _confusable(a: tuple[Telling, str, str], b: tuple[Telling, str, str]) -> bool:
     """Whether one's question could mean the other, or both have the same value."""
     one, two = (_stem(telling).format(key=key) for telling, key, _ in (a, b))
+    if a[1] and b[1] and (a[1].startswith(b[1]) or b[1].startswith(a[1])):  # many questions end with the name
+        return True
     return one.startswith(two) or two.startswith(one) or a[2] == b[2]
 
 
@@ -227,7 +235,8 @@ def _stem(telling: Telling) -> str:
 
 
 def _ask(telling: Telling, key: str, value: str, rng: Random, *, fact: int, last: bool = False) -> Asked:
-    stem, begun = _stem(telling), telling.begun
+    question = rng.choice(other_questions(telling)) if rng.random() < OTHERWISE else telling.question
+    stem, mark, begun = question[:-1].removesuffix(ABOVE), question[-1], telling.begun
     plain = stem.startswith(_WHAT)
     if last and plain:
         stem, begun = stem.replace(_WHAT, f"{_WHAT}last ", 1), begun.replace("The ", "The last ", 1)
@@ -239,7 +248,7 @@ def _ask(telling: Telling, key: str, value: str, rng: Random, *, fact: int, last
             begun = re.sub(" is(:?)$", rf"{ABOVE} is\1", begun)
     if rng.random() < COLON_LEFT_OUT:
         begun = begun.removesuffix(":")
-    return Asked(f"{stem}?".format(key=key), begun.format(key=key), value, fact)
+    return Asked(f"{stem}{mark}".format(key=key), begun.format(key=key), value, fact)
 
 
 def spans_of(words: Sequence[str], text: str) -> tuple[tuple[int, int], ...]:

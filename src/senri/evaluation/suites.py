@@ -21,7 +21,7 @@ from senri.evaluation.report import Section
 from senri.evaluation.runner import Log, RecallTask, run_task
 
 RULER_OTHERS = {"vt": variable_tracking, "cwe": common_words, "fwe": frequent_words}
-NIAH_TASKS = (*NIAH, "shared", "together", "together_chat")
+NIAH_TASKS = (*NIAH, "shared", "together", "together_chat", "together_reworded")
 # One text for all of them. Not those that need a haystack of their own, nor two questions for the same fact.
 TOGETHER = tuple(
     task for name, task in NIAH.items() if task.haystack == "books" and task.by_depth and name != "single_free"
@@ -111,9 +111,9 @@ def niah(
         grid: dict[str, Any] = {"lengths": lengths, "depths": depths, "seed": sources.seed, "sample": sample}
         if name == "shared":
             return [shared_context(sources.books, sources.tokenizer, per_cell=shared_questions, **grid)]
-        if name in ("together", "together_chat"):
-            chat = name == "together_chat"
-            return together_contexts(TOGETHER, sources.books, sources.tokenizer, **grid, chat=chat)
+        if name.startswith("together"):
+            form = name.removeprefix("together_")
+            return together_contexts(TOGETHER, sources.books, sources.tokenizer, **grid, form=form)
         return needle_contexts(NIAH[name], sources.books, sources.tokenizer, **grid)
 
     return RecallSuite(

@@ -6,6 +6,7 @@ heads, ``D`` head width.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,12 @@ class WriteGate(nn.Module):
             assert surprise is not None
             parts.append(surprise[..., None].to(hidden.dtype))
         return _full(self.out_proj(F.gelu(self.in_proj(torch.cat(parts, -1)))))
+
+    @staticmethod
+    def shut() -> float:
+        """The logit up to which nothing is written."""
+        low, high = STRETCH
+        return math.log(-low / high)
 
     @staticmethod
     def strength(logits: Tensor) -> Tensor:

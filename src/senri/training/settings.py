@@ -30,7 +30,7 @@ class FeatureSettings:
     questions: int
     learns: str
     gate_steps: int
-    gate_negative_weight: float
+    write_rate: float
     steps: int
     texts: int
     fact_pages: int
