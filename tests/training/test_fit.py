@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import senri.training.fit as fit
 from senri.layers import WriteGate
 from senri.training.features import Features, memory_left_out
-from senri.training.fit import Reading, Text, check_model, fit_write_gates, prepare
+from senri.training.fit import SCALE, Reading, Text, check_model, fit_write_gates, prepare
 from senri.training.settings import FeatureSettings, TrainingError
 
 from ..conftest import STORES
@@ -572,6 +572,15 @@ def test_only_what_reads_learns(make_reading, features, context_features, option
     fixed = (".write_gate.", ".v_proj.", ".o_proj.")
     assert changed == {n for n in before if ".memory." in n and not any(part in n for part in fixed)}
     assert all(parameter.grad is None for parameter in reading.model.parameters())
+
+
+def test_how_loud_slots_are_is_set_and_not_learned(make_reading, features):
+    reading = make_reading(features, SLOTS)
+    names = [name for name in parameters_of(reading.model) if name.endswith("read_gate.scale")]
+    before = parameters_of(reading.model)
+    assert all((before[name] == SCALE / len(names)).all() for name in names)
+    reading.train(lambda entry: None)
+    assert all(torch.equal(reading.model.get_parameter(name), before[name]) for name in names)
 
 
 def test_the_loss_falls(make_reading):
