@@ -23,7 +23,7 @@ from senri.config import ConfigManager
 from senri.data.corpus import load_documents
 from senri.data.pages import RecallPages
 from senri.evaluation.statistics import share
-from senri.hf.base import load_model
+from senri.hf.base import load_model, resolve_dtype
 from senri.hf.modeling_senri import SenriForCausalLM
 from senri.training.features import Features, collect, load_features, save_features
 from senri.training.fit import Reading, fit_write_gates, prepare
@@ -94,6 +94,7 @@ class Bench:
                 load_documents([self.folders[part]]), tokenizer, size=self.settings.page_size,
                 pages=self.settings.pages, questions=1, chat=self.config.training.chat_ratio, seed=seed,
             )  # fmt: skip
+            model.to(resolve_dtype(self.config.model.dtype))
             save_features(collect(model, source, range(streams), batch=4), path)
         found = load_features(path)
         found.hidden = {i: found.hidden[i] for i in row.layers}

@@ -101,6 +101,23 @@ def test_what_the_gate_is_surest_of_stays_though_all_gates_are_1(make_memory):
     ).memory.slots.importance.equal(after.memory.slots.importance), "and so it is when nothing is read"
 
 
+def test_a_run_is_read_by_the_token_that_was_just_said(make_memory):
+    memory = make_memory(rule="slot", num_slots=8, conv_size=0)
+    memory.write_gate.forward = lambda hidden, following, surprise=None: 9 * hidden.new_ones(*hidden.shape[:2], 1)
+    embedding, valid = random(11, 8, seed=3), torch.ones(1, 8, dtype=torch.bool)
+    state = memory.init_state(1, torch.float64, torch.device("cpu"))
+    _, state = memory(random(1, 5, 8), MemoryStream(valid, torch.arange(8)[None], None), state, embedding)
+    added = []
+    for cost in (0.0, 3.0):
+        memory.slot_gate.jump_cost.data.fill_(cost)
+        for token in (1, 9):  # of the window's last; the pairs that leave are others
+            ids = torch.tensor([[5, 6, 7, token]])
+            out, _ = memory(random(1, 1, 8, seed=1), MemoryStream(valid[:, :4], ids, None), state, embedding)
+            added.append(out)
+    torch.testing.assert_close(added[0], added[1], **EXACT)
+    assert (added[2] - added[3]).abs().max() > 1e-3
+
+
 def test_gates_are_not_left_to_half_precision(make_write_gate):
     gate = make_write_gate(0.3).bfloat16()
     assert gate(random(1, 2, 4).bfloat16(), random(1, 2, 4).bfloat16()).dtype == torch.float32

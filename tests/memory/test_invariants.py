@@ -65,12 +65,14 @@ class Case:
         if rule == "slot":
             self.options["num_slots"] = draw(st.integers(1, 9))
             # so that keys of few dimensions are the same in part
-            self.options["slot"] = SlotParameters(*(x + 0.1 * randn(H).abs() for x in (4.0, 0.3, 5.0)))
+            self.options["slot"] = SlotParameters(*(x + 0.1 * randn(H).abs() for x in (4.0, 0.3, 5.0, 2.0)))
             if draw(st.booleans()):
                 end = {"end_key": 3 * randn(H, Dk), "end_bias": randn(H), "end_value": randn(H, Dv)}
                 self.options["slot"] = self.options["slot"]._replace(**end)
             if draw(st.booleans()):
                 self.gates["null"] = randn(B, T, H * G)
+            if draw(st.booleans()):
+                self.gates["said"] = randn(B, T, H, Dv)
             if draw(st.booleans()):
                 self.gates["importance"] = randn(B, T, H)
         if draw(st.booleans()):
@@ -278,7 +280,7 @@ def test_delay_is_a_shift_of_the_stream(store, data):
     kept = max(T - W, 0)
     expected = torch.zeros_like(out)
     if kept:
-        gates = {n: g[:, W:] if n in ("null", "expand") else g[:, :kept] for n, g in case.gates.items()}
+        gates = {n: g[:, W:] if n in ("null", "said", "expand") else g[:, :kept] for n, g in case.gates.items()}
         expected[:, W:], _ = scan(
             case.q[:, W:], case.k[:, :kept], case.v[:, :kept], **gates, **{**case.options, "delay": 0}
         )

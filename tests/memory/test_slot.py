@@ -59,6 +59,26 @@ def test_the_end_is_said_by_a_memory_that_holds_anything():
         assert (other[0] > 0.99) != empty
 
 
+def test_a_run_is_read_in_its_order():
+    """What stands inside a run costs more, unless the value before it has just been said; its beginning never does."""
+    keys, values = torch.eye(6, 4, dtype=torch.float64), eye(6)
+    keys[3:] = eye(4)[:3]  # a second run of the same keys
+    keys = keys + 1e-3
+    beta = [1.0, 1.0, 1.0, 0.0, 1.0, 1.0]  # the fourth is not written and ends the first run
+    slot = SHARP._replace(slope=torch.zeros(1).double(), jump_cost=torch.tensor([4.0], dtype=torch.float64))
+    slot = slot._replace(same_at=torch.full((1,), 1e9, dtype=torch.float64))
+    k, v = keys[None, :, None], values[None, :, None]
+    gate = torch.tensor(beta, dtype=torch.float64)[None, :, None]
+    state = scan(torch.zeros_like(k), k, v, rule="slot", num_slots=8, slot=slot, beta=gate)[1]
+    # the same query, behind each of the values: both runs hold the key of their second pair
+    asked = eye(4)[1:2].expand(6, 4)[None, :, None]
+    found = read(asked, state, rule="slot", slot=slot, said=eye(6)[None, :, None])[0, :, 0]
+    free = read(asked, state, rule="slot", slot=slot)[0, :, 0]
+    odds = (found[:, 1] / found[:, 4]).log() - (free[:, 1] / free[:, 4]).log()
+    # the second pair of the first run costs 4 but behind its first; the first of the second run never
+    torch.testing.assert_close(odds, torch.tensor([0.0, -4.0, -4.0, -4.0, -4.0, -4.0]).double(), **EXACT)
+
+
 def test_the_last_value_of_a_key_is_the_one_that_counts():
     one = eye(4)[[0, 1, 0, 0]]
     state = write(one, torch.arange(1.0, 5.0, dtype=torch.float64)[:, None].expand(4, 4), num_slots=8)

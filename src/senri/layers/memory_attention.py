@@ -150,19 +150,29 @@ class SlotGate(nn.Module):
     only reads a memory has nothing to learn of its writing.
 
     Args:
+        tokens: values are tokens, so that a run of them is read in its order.
         end_width: width of the queries by which a memory knows that an answer is at its end; 0: it knows no end.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, num_memories: int, *, writes: bool = True, end_width: int = 0
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_memories: int,
+        *,
+        writes: bool = True,
+        tokens: bool = False,
+        end_width: int = 0,
     ) -> None:
         super().__init__()
-        self.writes, self.ends = writes, end_width > 0
+        self.writes, self.tokens, self.ends = writes, tokens, end_width > 0
         self.null_proj = nn.Linear(hidden_size, num_heads)
         self.log_sharpness = nn.Parameter(torch.empty(num_memories))
         if writes:
             self.same_at = nn.Parameter(torch.empty(num_memories))
             self.log_slope = nn.Parameter(torch.empty(num_memories))
+        if tokens:
+            self.jump_cost = nn.Parameter(torch.empty(num_memories))
         if self.ends:
             self.end_key = nn.Parameter(torch.empty(num_memories, end_width))
             self.end_bias = nn.Parameter(torch.empty(num_memories))
@@ -175,6 +185,8 @@ class SlotGate(nn.Module):
             nn.init.zeros_(self.end_bias)
         start = SlotParameters.default(len(self.log_sharpness), torch.float32, self.log_sharpness.device)
         self.log_sharpness.copy_(start.sharpness.log())
+        if self.tokens and start.jump_cost is not None:
+            self.jump_cost.copy_(start.jump_cost)
         if self.writes:
             self.same_at.copy_(start.same_at)
             self.log_slope.copy_(start.slope.log())
@@ -190,6 +202,8 @@ class SlotGate(nn.Module):
             end_value: ``[H, D]``, what is read at the end of an answer; None: nothing, or the writer's.
         """
         own = {"sharpness": _full(self.log_sharpness).exp()}
+        if self.tokens:
+            own["jump_cost"] = _full(self.jump_cost)
         if end_value is None and writer is not None:
             end_value = writer.end_value
         if self.ends and end_value is not None:
@@ -229,6 +243,7 @@ class Writing(NamedTuple):
     pairs: Leaving
     memory: MemoryState  # before the piece
     slot: SlotParameters | None  # of rule slot
+    said: Tensor | None  # [B, T, H, D]: the piece's own tokens as values; of rule slot with the head read-out
 
 
 class MemoryLayerState(NamedTuple):
@@ -328,7 +343,7 @@ class MemoryAttention(nn.Module):
             self.forget_gate_proj = nn.Linear(hidden_size, num_key_value_heads)
         if rule == "slot":
             self.slot_gate = SlotGate(
-                hidden_size, num_heads, num_key_value_heads, writes=writes,
+                hidden_size, num_heads, num_key_value_heads, writes=writes, tokens=readout == "head",
                 end_width=0 if self.end_token is None else head_dim,
             )  # fmt: skip
         if isinstance(store, Hierarchical):
@@ -452,12 +467,12 @@ class MemoryAttention(nn.Module):
         if writing is None:
             assert state.memory is not None
             pairs = self._leaving(inputs, stream, steps, state.memory, embedding)
-            writing = Writing(pairs, state.memory, self._slot_of(end_value=self.end_value(embedding)))
+            writing = self._writing(pairs, stream, steps, state.memory, embedding)
         pairs = writing.pairs
         out, memory = self.write_and_read(
             self.over("q", inputs[:, -past:], stream.valid[:, -past:]), pairs.k, pairs.v, writing.memory,
             beta=pairs.beta, importance=pairs.importance, log_alpha=pairs.log_alpha, mask=pairs.valid,
-            null=self._null(hidden), expand=self._expand(hidden), slot=writing.slot,
+            null=self._null(hidden), said=writing.said, expand=self._expand(hidden), slot=writing.slot,
         )  # fmt: skip
         new_state = MemoryLayerState(memory if self.writes else None, recent)
         if self.readout == "mix":
@@ -471,7 +486,13 @@ class MemoryAttention(nn.Module):
         assert state.memory is not None
         inputs = torch.cat([state.recent, hidden], dim=1)
         pairs = self._leaving(inputs, stream, hidden.shape[1], state.memory, embedding)
-        return Writing(pairs, state.memory, self._slot_of(end_value=self.end_value(embedding)))
+        return self._writing(pairs, stream, hidden.shape[1], state.memory, embedding)
+
+    def _writing(
+        self, pairs: Leaving, stream: MemoryStream, steps: int, memory: MemoryState, embedding: Tensor | None
+    ) -> Writing:
+        slot = self._slot_of(end_value=self.end_value(embedding))
+        return Writing(pairs, memory, slot, self._said(stream, steps, embedding))
 
     def write(
         self, hidden: Tensor, stream: MemoryStream, state: MemoryLayerState, embedding: Tensor | None = None
@@ -536,6 +557,7 @@ class MemoryAttention(nn.Module):
         log_alpha: Tensor | None = None,
         mask: Tensor | None = None,
         null: Tensor | None = None,
+        said: Tensor | None = None,
         expand: Tensor | None = None,
         slot: SlotParameters | None = None,
     ) -> tuple[Tensor, MemoryState]:
@@ -556,17 +578,24 @@ class MemoryAttention(nn.Module):
             q, k, v, state, rule=self.rule, feature_map=self.feature_map,
             chunk_size=self.chunk_size, segment_size=self.segment_size, num_slots=self.num_slots,
             slot=self._slot_of(slot), beta=beta, importance=importance, log_alpha=log_alpha, mask=mask,
-            null=null, store=self.store_in(self.training), expand=expand,
+            null=null, said=said, store=self.store_in(self.training), expand=expand,
         )  # fmt: skip
 
-    def read_all(self, q: Tensor, hidden: Tensor, state: MemoryState, end_value: Tensor | None = None) -> Tensor:
-        """The reads of :meth:`write_and_read` at the inputs ``hidden``, where nothing more is written; ``end_value``:
-        see :meth:`end_value`.
+    def read_all(
+        self,
+        q: Tensor,
+        hidden: Tensor,
+        state: MemoryState,
+        said: Tensor | None = None,
+        end_value: Tensor | None = None,
+    ) -> Tensor:
+        """The reads of :meth:`write_and_read` at the inputs ``hidden``, where nothing more is written; ``said``
+        ``[B, T, H, D]`` as there, ``end_value``: see :meth:`end_value`.
         """
         slot = self._slot_of(end_value=end_value)
         return read(
             self._with_strays(q), state, rule=self.rule, feature_map=self.feature_map, slot=slot,
-            null=self._null(hidden), store=self.store_in(self.training), expand=self._expand(hidden),
+            null=self._null(hidden), said=said, store=self.store_in(self.training), expand=self._expand(hidden),
             segment_size=self.segment_size,
         )  # fmt: skip
 
@@ -585,6 +614,14 @@ class MemoryAttention(nn.Module):
             return None
         gate = _full(self.expand_gate_proj(hidden)).sigmoid()
         return gate.repeat_interleave(1 + STRAY, -1) if self.readout == "head" else gate
+
+    def _said(self, stream: MemoryStream, steps: int, embedding: Tensor | None) -> Tensor | None:
+        """The values of the last ``steps`` tokens ``[B, T, H, D]``, for rule ``slot`` with the head read-out."""
+        if self.rule != "slot" or self.readout != "head":
+            return None
+        assert stream.ids is not None
+        assert embedding is not None
+        return self.embedded(stream.ids[:, stream.ids.shape[1] - steps :], embedding).unflatten(-1, (-1, self.head_dim))
 
     def _null(self, hidden: Tensor) -> Tensor | None:
         return self.slot_gate.null(hidden) if self.rule == "slot" else None

@@ -37,6 +37,7 @@ def scan(
     num_slots: int = 64,
     slot: SlotParameters | None = None,
     null: Tensor | None = None,
+    said: Tensor | None = None,
     store: Store | None = None,
     expand: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
@@ -71,7 +72,8 @@ def scan(
         part = Pending(*(x[row, start:stop] for x in stream))  # type: ignore[index]
         out, after = _scan_row(
             q[row, start:stop].double(), part, _row(state, document), rule, delay, segment_size, name, eps,
-            slot, null[row, start:stop], beta is not None, store, expand[row, start:stop],
+            slot, null[row, start:stop], None if said is None else said[row, start:stop].double(),
+            beta is not None, store, expand[row, start:stop],
         )  # fmt: skip
         outputs.append(out)
         states.append(after)
@@ -110,6 +112,7 @@ def _scan_row(
     eps: float,
     slot: SlotParameters,
     null: Tensor,
+    said: Tensor | None,
     gated: bool,
     store: Store | None,
     expand: Tensor,
@@ -132,10 +135,10 @@ def _scan_row(
                 gates = Gates(beta[h], log_alpha[h].exp(), importance[h])
                 memory.write(k[h], sigma(k[h]), v[h], gates, gated, written)
         written += int(valid)
-        reads = [
-            memories[h // group].read(q[t, h], sigma(q[t, h]), null[t, h], expand[t, h], written)
-            for h in range(q.shape[1])
-        ]
+        reads = []
+        for h in range(q.shape[1]):
+            last = None if said is None else said[t, h // group]
+            reads.append(memories[h // group].read(q[t, h], sigma(q[t, h]), null[t, h], last, expand[t, h], written))
         outputs.append(torch.stack(reads))
     out = torch.stack(outputs) if outputs else q.new_zeros(0, q.shape[1], stream.v.shape[-1])
     pending = Pending(*(torch.stack(parts) for parts in zip(*queue, strict=True))) if delay else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ class Memory:
     ) -> None:
         self.rule, self.eps = rule, eps
         self.sharpness, self.same_at, self.slope = (x[head].double() for x in slot[:3])
-        self.end_key, self.end_bias, self.end_value = (None if x is None else x[head].double() for x in slot[3:])
+        self.jump_cost, *end = (None if x is None else x[head].double() for x in slot[3:])
+        self.end_key, self.end_bias, self.end_value = end
         self.K = None if state.slots is None else state.slots.K[head].double()
         self.strength = None if state.slots is None else state.slots.strength[head].double()
         self.importance = None if state.slots is None else state.slots.importance[head].detach().double()
@@ -87,12 +89,15 @@ class Memory:
         self.strength, self.K, self.M = torch.stack(left), torch.stack(keys), torch.stack(values, 1)
         self.run, self.importance = torch.stack(runs), torch.stack(worth)
 
-    def read(self, q: Tensor, null: Tensor) -> Tensor:
+    def read(self, q: Tensor, null: Tensor, said: Tensor | None) -> Tensor:
         if self.K is not None:
             assert self.strength is not None
             there = (self.strength > 0).nonzero()[:, 0]
             logits = self.sharpness * self.K[there] @ self._unit(q) + self.strength[there].log()
             values = self.M[:, there]
+            if said is not None and self.jump_cost is not None and len(there):
+                ordered = logits - self.jump_cost * self._jumps(there.tolist(), said)
+                logits = ordered - ordered.logsumexp(0) + logits.logsumexp(0)
             if self.end_key is not None and self.end_bias is not None and self.end_value is not None and len(there):
                 end = torch.dot(self.end_key, self._unit(q)) + self.end_bias
                 logits, values = torch.cat([logits, end[None]]), torch.cat([values, self.end_value[:, None]], 1)
@@ -100,6 +105,15 @@ class Memory:
         if self.z is None:
             return self.M @ self._unit(q)
         return self.M @ q / (self.z @ q).clamp(min=self.eps)
+
+    def _jumps(self, there: list[int], said: Tensor) -> Tensor:
+        """Of each slot: 1 if it is inside a run whose token before it has not been said."""
+        assert self.run is not None
+        jumps = [self.M.new_zeros(())] * len(there)
+        for i, (before, slot) in enumerate(pairwise(there), start=1):
+            if self.run[before] == self.run[slot]:
+                jumps[i] = 1 - torch.dot(said, self.M[:, before]).clamp(0, 1)
+        return torch.stack(jumps)
 
     def forget(self, alpha: Tensor) -> None:
         self.M = alpha * self.M
@@ -150,9 +164,11 @@ class HeadMemories:
         assert isinstance(self.store, Routed)
         return self.store.basis[i].double()
 
-    def read(self, query: Tensor, sigma_q: Tensor, null: Tensor, expand: Tensor, written: int) -> Tensor:
+    def read(
+        self, query: Tensor, sigma_q: Tensor, null: Tensor, said: Tensor | None, expand: Tensor, written: int
+    ) -> Tensor:
         """``query`` is the query itself, ``written`` the number of pairs so far."""
-        reads = [memory.read(sigma_q, null) for memory in self.memories]
+        reads = [memory.read(sigma_q, null, said) for memory in self.memories]
         if self.store is None:
             return reads[0]
         if isinstance(self.store, Routed):

@@ -24,6 +24,7 @@ class Chunk(NamedTuple):
     log_alpha: Tensor | None  # [B, H, C], <= 0
     run: Tensor | None = None  # [B, H, C] int64: the run that a written pair belongs to; only for rule slot
     importance: Tensor | None = None  # [B, H, C]: likewise
+    said: Tensor | None = None  # [B, H, C, Dv]: the value of each query's own token; only for rule slot
     memory: Tensor | None = None  # [B, H, C] int64: where a store writes the pair
     reading: Reading | None = None  # how a store's memories are read
 
@@ -37,6 +38,7 @@ class Chunk(NamedTuple):
             None if self.log_alpha is None else self.log_alpha[:, :, steps],
             None if self.run is None else self.run[:, :, steps],
             None if self.importance is None else self.importance[:, :, steps],
+            None if self.said is None else self.said[:, :, steps],
             None if self.memory is None else self.memory[:, :, steps],
             None if self.reading is None else self.reading.part(steps),
         )
@@ -66,6 +68,8 @@ class SlotParameters(NamedTuple):
     sharpness: Tensor  # [H]: logit of a slot whose key is the query
     same_at: Tensor  # [H]: cosine of two keys at which the later pair halves the earlier one's strength
     slope: Tensor  # [H]: how fast around it
+    # Logit that a pair inside a run loses to others where the value before it has not just been said; None: none.
+    jump_cost: Tensor | None = None  # [H]
     # One more pair that a memory holds as soon as it holds any, and never gives up; None: there is none.
     end_key: Tensor | None = None  # [H, F], of any length: its logit is that of a query's product with it, and the bias
     end_bias: Tensor | None = None  # [H]
@@ -74,7 +78,7 @@ class SlotParameters(NamedTuple):
     @classmethod
     def default(cls, num_heads: int, dtype: torch.dtype, device: torch.device) -> "SlotParameters":
         """What a scan without any takes."""
-        return cls(*(torch.full((num_heads,), x, dtype=dtype, device=device) for x in (16.0, 0.9, 40.0)))
+        return cls(*(torch.full((num_heads,), x, dtype=dtype, device=device) for x in (16.0, 0.9, 40.0, 2.0)))
 
 
 class _Decay(NamedTuple):
@@ -244,7 +248,9 @@ def slot_chunk(
     any), and the pair goes behind the others. A read, in which importance has no say, is
     ``sum_n p_n M_n`` with ``p`` the softmax of ``sharpness q' K_n + log strength_n`` beside ``null``, the logit of
     finding nothing, and beside the end's pair, if there is one, a persistent vector (Sukhbaatar et al. 2019,
-    arXiv:1907.01470) in a memory that is not empty.
+    arXiv:1907.01470) in a memory that is not empty. With ``said``, what all pairs have of ``p`` together is shared
+    among them by that logit less ``jump_cost (1 - said' M_m)``, where the slot ``m`` before ``n`` is of the same run: a
+    value is said from its beginning on, token by token, as by an induction head (Olsson et al. 2022, arXiv:2209.11895).
 
     Args:
         null: ``[B, H, G, C]``.
@@ -252,7 +258,7 @@ def slot_chunk(
     Returns:
         output ``[B, H, G, C, Dv]``, the new ``M`` and slots (``running`` is left as it was).
     """
-    _, k, v, beta, _, run, importance, *_ = chunk
+    q, k, v, beta, _, run, importance, said, *_ = chunk
     assert run is not None
     assert importance is not None
     beta = torch.where(beta > 0, beta, 0.0)  # what is not written has no gradient either
@@ -273,7 +279,7 @@ def slot_chunk(
     importance = torch.cat([slots.importance, importance], -1).detach()
     held, who = _allocate(strength.detach().log() + importance[..., None, :], beta.detach() > 0, num_slots)
     strength_held = strength * held
-    out = _slot_read(chunk.q, null, keys, values, strength_held, parameters)
+    out = _slot_read(q, null, keys, values, strength_held, runs, said, parameters)
     last = strength_held[..., -1, :].gather(-1, who)
     rows = who[..., None]
     K = keys.gather(-2, rows.expand(*who.shape, keys.shape[-1]))
@@ -307,16 +313,27 @@ def _allocate(worth: Tensor, writes: Tensor, num_slots: int) -> tuple[Tensor, Te
     return held, who
 
 
-def slot_read_only(M: Tensor, slots: Slots, q: Tensor, null: Tensor, parameters: SlotParameters) -> Tensor:
+def slot_read_only(
+    M: Tensor, slots: Slots, q: Tensor, null: Tensor, said: Tensor | None, parameters: SlotParameters
+) -> Tensor:
     """The output of a chunk in which nothing is written: ``[B, H, G, C, Dv]``."""
-    return _slot_read(q, null, slots.K, M.mT, slots.strength[..., None, :], parameters)
+    return _slot_read(q, null, slots.K, M.mT, slots.strength[..., None, :], slots.run, said, parameters)
 
 
 def _slot_read(
-    q: Tensor, null: Tensor, keys: Tensor, values: Tensor, strength: Tensor, parameters: SlotParameters
+    q: Tensor,
+    null: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    strength: Tensor,
+    runs: Tensor,
+    said: Tensor | None,
+    parameters: SlotParameters,
 ) -> Tensor:
-    """``q`` ``[B, H, G, C, F]``, keys and values ``[B, H, n, F or Dv]``, strength ``[B, H, C or 1, n]``."""
-    sharpness, _, _, end_key, end_bias, end_value = parameters
+    """``q`` ``[B, H, G, C, F]``, keys and values ``[B, H, n, F or Dv]``, strength ``[B, H, C or 1, n]``, runs
+    ``[B, H, n]``, said ``[B, H, C, Dv]``.
+    """
+    sharpness, _, _, jump_cost, end_key, end_bias, end_value = parameters
     scores = sharpness[:, None, None, None] * (q @ keys[:, :, None].mT)
     held = strength[:, :, None] > 0
     top = torch.maximum(scores.detach().masked_fill(~held, -torch.inf).amax(-1), null.detach())[..., None]
@@ -327,7 +344,23 @@ def _slot_read(
         top = torch.maximum(top, end.detach())
     # no log of a strength: its gradient at 0 is no number
     weight = torch.where(held, strength[:, :, None] * (scores - top).clamp(max=0).exp(), 0.0)
-    found, total = weight @ values[:, :, None], weight.sum(-1, keepdim=True) + (null[..., None] - top).exp()
+    of_pairs = weight.sum(-1, keepdim=True)
+    total = of_pairs + (null[..., None] - top).exp()
+    if said is not None and jump_cost is not None:
+        weight = weight * (-jump_cost[:, None, None] * _jumps(said, values, strength, runs)).exp()[:, :, None]
+        weight = weight * (of_pairs / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny))
+    found = weight @ values[:, :, None]
     if end is not None and end_value is not None:
         found, total = found + (end - top).exp() * end_value[:, None, None], total + (end - top).exp()
     return found / total
+
+
+def _jumps(said: Tensor, values: Tensor, strength: Tensor, runs: Tensor) -> Tensor:
+    """How far reading each pair next would be a jump into its run: 0 to 1, ``[B, H, C, n]``; see :func:`_slot_read`."""
+    places = torch.arange(strength.shape[-1], device=strength.device)
+    held = torch.where(strength > 0, places, -1).cummax(-1).values
+    before = F.pad(held[..., :-1], (1, 0), value=-1)  # of each pair the one that is held before it
+    there, before = before >= 0, before.clamp(min=0)
+    inside = there & (runs[:, :, None].expand_as(before).gather(-1, before) == runs[:, :, None])
+    just_said = (said @ values.mT).clamp(0, 1)
+    return torch.where(inside, 1 - just_said.gather(-1, before.expand_as(just_said)), 0.0)

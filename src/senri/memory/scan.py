@@ -48,6 +48,7 @@ def scan(
     num_slots: int = 64,
     slot: SlotParameters | None = None,
     null: Tensor | None = None,
+    said: Tensor | None = None,
     store: Store | None = None,
     expand: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
@@ -74,6 +75,8 @@ def scan(
         eps: lower bound of the normaliser.
         num_slots: N of rule ``slot``, for a state that starts empty; slot: its parameters, None takes defaults.
         null: ``[B, T, Hq]``, for rule ``slot``: each query's logit of finding nothing; None: 0.
+        said: ``[B, T, H, Dv]``, for rule ``slot`` with values that are tokens, of length 1: the value of each query's
+            own token. A run of pairs is then read in its order (``jump_cost``); None: in any.
         store: several memories a head (see ``stores.py``); None: one.
         expand: ``[B, T, Hq]`` in [0, 1], for store ``hierarchical``: how far each query goes from coarse to fine.
 
@@ -99,8 +102,8 @@ def scan(
     if cu_seqlens is not None:  # one row a document, right-padded; packed again below
         index, documents = unpack_index(cu_seqlens)
         q, k, v = q[0][index], k[0][index], v[0][index]
-        beta, importance, log_alpha, mask, null, expand = (
-            None if x is None else x[0][index] for x in (beta, importance, log_alpha, mask, null, expand)
+        beta, importance, log_alpha, mask, null, said, expand = (
+            None if x is None else x[0][index] for x in (beta, importance, log_alpha, mask, null, said, expand)
         )
         mask = documents if mask is None else mask.bool() & documents
     batch_size, steps, num_heads, key_dim = k.shape
@@ -125,7 +128,7 @@ def scan(
     if delay:
         stream, pending = delayed(state.pending, stream, delay, documents)
     with torch.autocast(q.device.type, enabled=False):  # it would run the state's arithmetic in half precision
-        out, state = _scan(q, stream, state, dtype=dtype, null=null, expand=expand, **options)  # type: ignore[arg-type]
+        out, state = _scan(q, stream, state, dtype=dtype, null=null, said=said, expand=expand, **options)  # type: ignore[arg-type]
     if documents is not None:
         out = out[documents][None]
     return out.to(v.dtype), state._replace(pending=pending)
@@ -140,6 +143,7 @@ def read(
     eps: float = 1e-6,
     slot: SlotParameters | None = None,
     null: Tensor | None = None,
+    said: Tensor | None = None,
     store: Store | None = None,
     expand: Tensor | None = None,
     segment_size: int = 2048,
@@ -160,15 +164,22 @@ def read(
         nothing_new = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
         reading = store.reading(q, segments(nothing_new, state.written, segment_size), num_heads, expand)
     q = _queries(sigma(q), num_heads, RULES[rule].normalised)
-    out = _read_only(state, q, reading, eps, nothing, _parameters(slot, num_heads, q))
+    said = _heads_first(said, q)
+    out = _read_only(state, q, reading, eps, nothing, said, _parameters(slot, num_heads, q))
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _read_only(
-    state: MemoryState, q: Tensor, reading: Reading | None, eps: float, null: Tensor, slot: SlotParameters
+    state: MemoryState,
+    q: Tensor,
+    reading: Reading | None,
+    eps: float,
+    null: Tensor,
+    said: Tensor | None,
+    slot: SlotParameters,
 ) -> Tensor:
     if state.slots is not None:
-        return slot_read_only(state.M, state.slots, q, null, slot)
+        return slot_read_only(state.M, state.slots, q, null, said, slot)
     return read_only(state.M, state.z, q, eps, reading)
 
 
@@ -198,6 +209,11 @@ def _null(null: Tensor | None, q: Tensor, num_heads: int, dtype: torch.dtype) ->
     """Logits ``[B, T, Hq]`` -> ``[B, H, G, T]``; ``q`` ``[B, T, Hq, Dk]``."""
     null = q.new_zeros(q.shape[:3]) if null is None else null
     return null.to(dtype).unflatten(2, (num_heads, -1)).permute(0, 2, 3, 1)
+
+
+def _heads_first(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """``[B, T, H, D]`` -> ``[B, H, T, D]``, in the dtype of ``like``."""
+    return None if x is None else x.to(like.dtype).transpose(1, 2)
 
 
 def _queries(q: Tensor, num_heads: int, normalised: bool) -> Tensor:
@@ -283,6 +299,7 @@ def _scan(
     dtype: torch.dtype,
     slot: SlotParameters | None,
     null: Tensor | None,
+    said: Tensor | None,
     store: Store | None,
     expand: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:
@@ -290,7 +307,7 @@ def _scan(
     kind = RULES[rule]
     steps, num_heads = q.shape[1], stream.k.shape[2]
     if state.slots is not None and store is None and _closed(stream):
-        out = read(q, state, rule=rule, feature_map=feature_map, eps=eps, slot=slot, null=null)
+        out = read(q, state, rule=rule, feature_map=feature_map, eps=eps, slot=slot, null=null, said=said)
         running = state.slots.running & ~stream.valid.any(1)[:, None]
         slots = state.slots._replace(running=running)
         return out, state._replace(slots=slots, written=state.written + stream.valid.sum(1))
@@ -304,7 +321,8 @@ def _scan(
         importance = torch.zeros_like(whole.beta)
         if stream.importance is not None:
             importance = stream.importance.to(dtype).transpose(1, 2)
-        whole, state = whole._replace(run=run, importance=importance), state._replace(slots=slots)
+        whole = whole._replace(run=run, importance=importance, said=_heads_first(said, whole.v))
+        state = state._replace(slots=slots)
     if store is not None:
         segment = segments(stream.valid, state.written, segment_size)
         memory = store.assign(stream.k.to(dtype), segment)
@@ -343,7 +361,7 @@ def _walk(
         if writes:
             out, state = _write_and_read(state, chunk, eps, null[:, :, :, part], slot)
         else:
-            out = _read_only(state, chunk.q, chunk.reading, eps, null[:, :, :, part], slot)
+            out = _read_only(state, chunk.q, chunk.reading, eps, null[:, :, :, part], chunk.said, slot)
         outputs.append(out)
     if not outputs:
         return whole.q.new_zeros(*whole.q.shape[:4], whole.v.shape[-1]), state

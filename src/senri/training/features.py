@@ -38,6 +38,7 @@ class AskedFeatures:
     fact: int  # of its page; -1: it stands in sight of the question
     left_to_base: bool  # the answer is the base's own: no page answers, or the question tells the fact itself
     target: Tensor  # [A] int64
+    at: Tensor  # [A] int64: the token at which each is predicted, the one before it
     final: Tensor  # [A, hidden]: the base's last hidden state that predicts each target
     hidden: dict[int, Tensor]  # memory layer -> [K - 1 + A, hidden]: its inputs there, and before
     missing: int  # of the K - 1 before: the text begins behind them; zeros
@@ -329,6 +330,7 @@ def _ask(
                 q.fact,
                 q.left_to_base,
                 torch.tensor(q.exchange.answer),
+                ids[r, first:stop].cpu().clone(),
                 out[r, first:stop].cpu().clone(),
                 {i: F.pad(h[r, start:stop].cpu(), (0, 0, missing, 0)) for i, h in inputs.items()},
                 missing,

@@ -24,6 +24,7 @@ from senri.training.settings import FeatureSettings, TrainingError
 
 POSITIVES, NEGATIVES, HARD = 512, 4096, 1024  # tokens of one step of the write gate
 PLAIN_WEIGHT = 8.0  # of writing a plain token, against missing one that is asked for
+NOISE = 0.7  # of standardised inputs: on what it has learned by heart a gate writes the words before a value, too
 SILENT = 64  # tokens of plain text in a text's loss: the memory must not disturb them
 VOCABULARY = 8192  # most frequent tokens, beside all that answers hold, over which the loss is taken
 STATISTICS = 65536  # tokens that the projections are calibrated on
@@ -121,7 +122,8 @@ def _fit_write_gate(
     A classifier is surest where it has learned by heart: of values and wordings that no training has it misses those
     that it doubts. What it lets through beside them costs a slot, and the slots go to what it is surest of. So in the
     end its biases are set to let a share of plain tokens through, ``write_rate``. Inputs are standardised while it
-    learns; the weights that are left take them as they are.
+    learns, and noisy, which keeps it from learning by heart (Bishop 1995, "Training with noise is equivalent to
+    Tikhonov regularization"); the weights that are left take them as they are.
     """
     hidden = features.hidden[index]
     follows = _follows(features)
@@ -148,8 +150,10 @@ def _fit_write_gate(
             gate.in_proj.bias.add_(gate.in_proj.weight[:, : 2 * width] @ mean.repeat(2))
             gate.in_proj.weight[:, : 2 * width].mul_(deviation.repeat(2))
 
-    def logits(rows: Tensor) -> Tensor:
+    def logits(rows: Tensor, noise: float = 0.0) -> Tensor:
         now, after = ((hidden[i].float() - mean) / deviation for i in (rows, rows + 1))
+        if noise:
+            now, after = (x + noise * torch.randn(x.shape, generator=rng) for x in (now, after))
         return gate(now, after, features.surprise[rows])
 
     def draw(rows: Tensor, count: int) -> Tensor:
@@ -162,11 +166,12 @@ def _fit_write_gate(
             with torch.no_grad():
                 scores = torch.cat([logits(part).amax(-1) for part in others.split(16384)])
             hard = others[scores.topk(min(8 * HARD, len(others))).indices]
-        missed = F.softplus(-logits(draw(asked, POSITIVES))).mean()
-        written = F.softplus(logits(draw(plain, NEGATIVES))).mean() + 0.1 * F.softplus(logits(draw(hard, HARD))).mean()
+        missed = F.softplus(-logits(draw(asked, POSITIVES), NOISE)).mean()
+        written = F.softplus(logits(draw(plain, NEGATIVES), NOISE)).mean()
+        written = written + 0.1 * F.softplus(logits(draw(hard, HARD), NOISE)).mean()
         loss = missed + PLAIN_WEIGHT * written
         if len(around):
-            loss = loss + F.softplus(logits(draw(around, POSITIVES))).mean()
+            loss = loss + F.softplus(logits(draw(around, POSITIVES), NOISE)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -272,12 +277,13 @@ class Reading:
 
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """What learns: ``gates`` (read gates, convolutions, biases by distance) and ``rest``. Not the way of a value
-        through the memory: calibration's loses nothing, a learned one serves the tokens that training asked for.
+        through the memory: calibration's loses nothing, a learned one serves the tokens that training asked for. Nor,
+        with rule ``slot``, how loud it is read and how strictly in order, for the same reason.
         """
         groups: dict[str, list[nn.Parameter]] = {"rest": [], "gates": []}
         stay: tuple[str, ...] = ("write_gate.", "v_proj.", "o_proj.")
         if self.model.config.update_rule == "slot":
-            stay = (*stay, "read_gate.")  # how loud it is
+            stay = (*stay, "read_gate.", "slot_gate.jump_cost")
         for memory in self.model.model.memories.values():
             for name, parameter in memory.named_parameters():
                 if self.settings.learns == "end":
@@ -515,6 +521,7 @@ class Reading:
         """
         features, hidden, taps = self.features, self.features.hidden[index], memory.taps
         pairs: list[list[Tensor]] = []
+        tokens: list[Tensor] = []  # of each text, at which it reads
         asking: list[list[Tensor]] = []  # of each text, inputs of its questions and its plain text, with those before
         missing: list[list[int]] = []  # of each of these how many are no tokens
         for text in texts:
@@ -524,6 +531,7 @@ class Reading:
             plain = hidden[text.plain - taps + 1 : text.plain + SILENT]
             asking.append([*(q.hidden[index] for q in questions), plain])
             missing.append([*(q.missing for q in questions), 0])
+            tokens.append(torch.cat([*(q.at for q in questions), features.ids[text.plain : text.plain + SILENT]]))
         queries = self._queries(memory, asking, missing)
         sizes = [len(of_text) for of_text in queries]
         key_rows, inside = _before(features, torch.cat([rows for rows, _ in pairs]), taps)
@@ -550,14 +558,22 @@ class Reading:
         now = torch.zeros(len(texts), reads, hidden.shape[1])
         for i, (size, parts) in enumerate(zip(sizes, asking, strict=True)):
             now[i, :size] = torch.cat([part[taps - 1 :] for part in parts])
-        out = memory.read_out(now, memory.read_all(q_all, now, state, memory.end_value(self.embedding)))
-        added = [out[i, :size] for i, size in enumerate(sizes)]
+        end_value = memory.end_value(self.embedding)
         if state.slots is None:
-            return added, None
-        # each slot's value is its number; behind them all stands the end's
+            out = memory.read_out(now, memory.read_all(q_all, now, state))
+            return [out[i, :size] for i, size in enumerate(sizes)], None
+        # beside its value each slot holds its number; behind them all stands the end's
         numbers = torch.eye(most + 1, most).expand(*state.M.shape[:2], -1, -1)
-        end = F.one_hot(torch.tensor([most])).float().expand(memory.num_key_value_heads, -1)
-        share = memory.read_all(q_all, now, state._replace(M=numbers), end)  # [texts, reads, heads, slots + 1]
+        state = state._replace(M=torch.cat([state.M, numbers], -2))
+        if end_value is not None:
+            end_value = torch.cat(
+                [end_value, numbers.new_zeros(len(end_value), most), torch.ones(len(end_value), 1)], 1
+            )
+        said = memory.embedded(nn.utils.rnn.pad_sequence(tokens, batch_first=True), self.embedding)
+        said = F.pad(said.unflatten(-1, (-1, memory.head_dim)), (0, most + 1))
+        found = memory.read_all(q_all, now, state, said, end_value)
+        out, share = memory.read_out(now, found[..., : memory.head_dim]), found[..., memory.head_dim :]
+        added = [out[i, :size] for i, size in enumerate(sizes)]
         ended = share[..., -1:].mean(2)
         written = ((beta > 0) & mask[..., None]).transpose(1, 2)  # [texts, memories, pairs]
         slot = most - written.sum(-1, keepdim=True) + written.cumsum(-1) - 1  # what was written last stands last
