@@ -160,6 +160,20 @@ def test_a_gate_is_shut_for_the_words_around_a_value(make_senri, separable):
         assert strength[(separable.write == 1) & inside].mean() > 0.9
 
 
+def test_noise_keeps_a_gate_from_learning_by_heart(make_senri, separable, monkeypatch):
+    """Labels that mean nothing can be learned no other way."""
+    kinds = torch.where(separable.write == 1, 0, separable.write)
+    kinds[torch.randperm(3000, generator=torch.Generator().manual_seed(0))[:60]] = 1
+    separable.write = kinds
+    missed = []
+    for noise in (0.0, fit.NOISE):
+        monkeypatch.setattr(fit, "NOISE", noise)
+        model, shown = make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head"), []
+        fit_write_gates(model, separable, SETTINGS, 0, shown.append)
+        missed.append(shown[-1]["missed"])
+    assert missed[1] > 2 * missed[0]
+
+
 def test_a_gate_is_the_same_whenever_it_is_fitted(make_senri, separable):
     models = [make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head") for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
@@ -574,13 +588,14 @@ def test_only_what_reads_learns(make_reading, features, context_features, option
     assert all(parameter.grad is None for parameter in reading.model.parameters())
 
 
-def test_how_loud_slots_are_is_set_and_not_learned(make_reading, features):
+def test_how_loud_slots_are_and_how_strict_their_order_is_set_and_not_learned(make_reading, features):
     reading = make_reading(features, SLOTS)
-    names = [name for name in parameters_of(reading.model) if name.endswith("read_gate.scale")]
     before = parameters_of(reading.model)
-    assert all((before[name] == SCALE / len(names)).all() for name in names)
+    loud, strict = ([n for n in before if n.endswith(end)] for end in ("read_gate.scale", "slot_gate.jump_cost"))
+    assert len(loud) == len(strict) == len(reading.model.model.memories)
+    assert all((before[name] == SCALE / len(loud)).all() for name in loud)
     reading.train(lambda entry: None)
-    assert all(torch.equal(reading.model.get_parameter(name), before[name]) for name in names)
+    assert all(torch.equal(reading.model.get_parameter(name), before[name]) for name in (*loud, *strict))
 
 
 def test_the_loss_falls(make_reading):
