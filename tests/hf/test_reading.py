@@ -1,8 +1,12 @@
 """model.read(): any source, any piece size, interrupted anywhere."""
 
+import platform
+
+import psutil
 import pytest
 import torch
 
+from senri.hf import session_mixin
 from senri.hf.session_mixin import ReadProgress
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -88,6 +92,24 @@ def test_progress_is_reported_after_each_piece(make_senri, tokens, capsys):
     assert ReadProgress(10, None, 2.0, 0).tokens_per_second == 5
     read(model, tokens(1, 25), progress=True)
     assert "reading" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its heap is what grows")
+def test_what_the_heap_keeps_is_given_back_while_a_text_is_read(make_senri, tokens, monkeypatch):
+    """A heap with holes: half of many small blocks freed, in between the others."""
+    monkeypatch.setattr(session_mixin, "TRIM_AFTER", 2)
+    model = make_senri().eval()
+    resident = []
+    blocks = [b"x" * (60_000 + i) for i in range(4000)]
+
+    def progress(now):
+        resident.append(psutil.Process().memory_info().rss)
+        if len(resident) == 1:
+            del blocks[::2]
+
+    model.read(tokens(1, 16)[0], piece_size=4, progress=progress)
+    assert len(resident) == 4
+    assert resident[0] - resident[-1] > 80_000_000
 
 
 def test_nothing_to_read(make_senri, tiny_tokenizer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from senri.hf.configuration_senri import SenriConfig
 
 READ_PIECE = 1024  # tokens of one pass while reading
+TRIM_AFTER = 16  # pieces that are read between two looks at what the C heap keeps
 
 
 class ReadProgress(NamedTuple):
@@ -170,7 +173,7 @@ class SessionMixin:
         report = _progress_bar(total) if progress is True else progress or None
         now = ReadProgress(0, total, 0.0, 0)
         try:
-            for piece in pieces:
+            for number, piece in enumerate(pieces, start=1):
                 if self.session is None:
                     self.reset_memory(piece.shape[0])
                 assert self.session is not None
@@ -178,6 +181,8 @@ class SessionMixin:
                 self.model.read(piece.to(self.device), self.session)
                 if cleaning is not None and cleaning.is_due(before, list(self.session.memories.values())):
                     self.svd_cleaning(cleaning.energy_threshold, cleaning.max_rank)
+                if number % TRIM_AFTER == 0:
+                    _trim_heap()
                 tokens += piece.shape[1]
                 now = ReadProgress(tokens, total, time.perf_counter() - started, self.session.nbytes)
                 if report is not None:
@@ -241,6 +246,14 @@ class SessionMixin:
         if self.session is None:
             raise RuntimeError("no session is open: call reset_memory(), read() or load_memory() first")
         return self.session
+
+
+def _trim_heap() -> None:
+    """Give the system back what glibc keeps of freed memory, which grows with a text though nothing alive does."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
