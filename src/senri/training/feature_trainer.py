@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,12 @@ def _held_out(
     path = folder / PROBED
     if not path.is_file():
         say("reading held-out pages for the probe ...")
-        model.to(dtype)
         try:
-            save_features(collect(model, source, range(PROBED_STREAMS), batch=BATCH, unrelated=False), path)
+            with _reading(model, dtype):
+                save_features(collect(model, source, range(PROBED_STREAMS), batch=BATCH, unrelated=False), path)
         except SampleError as error:
             say(f"nothing is probed, for the text that is kept back is too short: {error}")
             return None
-        finally:
-            model.float()
     return load_features(path)
 
 
@@ -161,14 +160,23 @@ def _features(
             say(f"making part {number} of {len(paths)} of the pages, and asking the base for its own answers ...")
             part = range(start, streams if number == len(paths) else start + PART)
             progress = _progress(show, {"part": number, "parts": len(paths)})
-            model.to(dtype)
-            read = collect(model, source, part, batch=BATCH, unrelated=number == 1, show=progress)
-            model.float()
+            with _reading(model, dtype):
+                read = collect(model, source, part, batch=BATCH, unrelated=number == 1, show=progress)
             save_features(read, path)
     features = join([load_features(path) for path in paths])
     size = f"{len(features.ids):,} tokens and {len(features.asked):,} questions"
     say(f"{missing} of {len(paths)} parts read, {size} in all" if missing else f"features of {size} are there already")
     return features
+
+
+@contextmanager
+def _reading(model: SenriForCausalLM, dtype: torch.dtype) -> Iterator[None]:
+    """The model where and as pages are read; then again as the memory learns, from what came back to the CPU."""
+    model.to(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
+    try:
+        yield
+    finally:
+        model.to(device="cpu", dtype=torch.float32)
 
 
 def _progress(show: Callable[[dict[str, Any]], None], part: dict[str, int]) -> Callable[[int, int], None]:

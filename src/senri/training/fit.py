@@ -24,7 +24,9 @@ from senri.training.settings import FeatureSettings, TrainingError
 
 POSITIVES, NEGATIVES, HARD = 512, 4096, 1024  # tokens of one step of the write gate
 PLAIN_WEIGHT = 8.0  # of writing a plain token, against missing one that is asked for
-NOISE = 0.7  # of standardised inputs: on what it has learned by heart a gate writes the words before a value, too
+NOISE = 1.25  # of standardised inputs: on what it has learned by heart a gate writes the words before a value, too
+AROUND_WEIGHT = 6.0  # of writing the words in which a value is told, for the same reason
+STOP_WEIGHT = 2.0  # of missing a value's last token, its full stop: an answer that finds none says the last word again
 SILENT = 64  # tokens of plain text in a text's loss: the memory must not disturb them
 VOCABULARY = 8192  # most frequent tokens, beside all that answers hold, over which the loss is taken
 STATISTICS = 65536  # tokens that the projections are calibrated on
@@ -133,6 +135,7 @@ def _fit_write_gate(
     others = torch.cat([plain, around])
     if not len(asked) or not len(plain):
         raise TrainingError("the pages hold no facts, or nothing but facts: there is nothing to tell apart")
+    stops = asked[F.pad(asked[1:] != asked[:-1] + 1, (0, 1), value=True)]  # last tokens of values
     some = hidden[:: max(len(hidden) // 65536, 1)].float()
     mean, deviation = some.mean(0), some.std(0).clamp(min=1e-6)
     target, width = memory.write_gate, hidden.shape[1]
@@ -169,9 +172,10 @@ def _fit_write_gate(
         missed = F.softplus(-logits(draw(asked, POSITIVES), NOISE)).mean()
         written = F.softplus(logits(draw(plain, NEGATIVES), NOISE)).mean()
         written = written + 0.1 * F.softplus(logits(draw(hard, HARD), NOISE)).mean()
-        loss = missed + PLAIN_WEIGHT * written
+        stopped = F.softplus(-logits(draw(stops, POSITIVES), NOISE)).mean()
+        loss = missed + STOP_WEIGHT * stopped + PLAIN_WEIGHT * written
         if len(around):
-            loss = loss + F.softplus(logits(draw(around, POSITIVES), NOISE)).mean()
+            loss = loss + AROUND_WEIGHT * F.softplus(logits(draw(around, POSITIVES), NOISE)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
