@@ -160,6 +160,35 @@ def test_a_gate_is_shut_for_the_words_around_a_value(make_senri, separable):
         assert strength[(separable.write == 1) & inside].mean() > 0.9
 
 
+def test_doubtful_tokens_are_stops_before_they_are_words_around_a_value(make_senri, separable, monkeypatch):
+    """Last tokens of values, words around them and some plain tokens look alike: what each counts decides."""
+    write = torch.zeros(3000, dtype=torch.int8)
+    starts = torch.arange(10, 2990, 20)
+    stops, around, plain = starts + 1, starts + 5, starts[::3] + 10
+    write[starts], write[stops], write[around] = 1, 1, -1
+    separable.write = write
+    generator = torch.Generator().manual_seed(1)
+    for index, hidden in separable.hidden.items():
+        hidden = torch.randn(hidden.shape, generator=generator)
+        hidden[starts, :8] += 4
+        hidden[torch.cat([stops, around, plain]), 8:16] += 4
+        separable.hidden[index] = hidden
+    found = []
+    for weights in ((0.0, 1.0), (fit.STOP_WEIGHT, 1.0), (fit.STOP_WEIGHT, fit.AROUND_WEIGHT)):
+        for name, weight in zip(("STOP_WEIGHT", "AROUND_WEIGHT"), weights, strict=True):
+            monkeypatch.setattr(fit, name, weight)
+        model = make_senri(dtype=torch.float32, write_gate="hidden", memory_readout="head")
+        fit_write_gates(model, separable, SETTINGS, 0)
+        memory, hidden = model.model.memories[1], separable.hidden[1]
+        with torch.no_grad():
+            logits = memory.write_gate(hidden, torch.zeros_like(hidden), separable.surprise)[:, 0]
+        low, high = logits[write == 0].median(), logits[starts].median()
+        found.append(((logits[plain].median() - low) / (high - low)).item())  # 0: as plain text, 1: as a value
+    as_others, stops_more, around_more = found
+    assert stops_more > as_others + 0.03
+    assert around_more < stops_more - 0.1
+
+
 def test_noise_keeps_a_gate_from_learning_by_heart(make_senri, separable, monkeypatch):
     """Labels that mean nothing can be learned no other way."""
     kinds = torch.where(separable.write == 1, 0, separable.write)
